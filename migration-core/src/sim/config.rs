@@ -1,4 +1,4 @@
-//! The world of a simulation, and what comes out of one.
+//! The configuration and the results of a simulation.
 
 use std::time::Duration;
 
@@ -6,132 +6,135 @@ use crate::{
     MigrationError, PAGE_SIZE, histogram::Latencies, page::PageRange, spawner::GuestImpact, strategy::Destination,
 };
 
-/// How the guest of a [`SimConfig`] writes while it runs.
+/// The writes of the guest of a [`SimConfig`] while it runs.
 #[derive(Clone, Debug, Default)]
 pub enum Dirtying {
-    /// Not at all.
+    /// The guest does not write.
     #[default]
     Idle,
-    /// Round and round over the first `working_set` pages.
+    /// The guest writes the first `working_set` pages in turn, repeatedly.
     Rate {
-        /// Pages a second, unthrottled.
+        /// The number of pages a second, without throttling.
         pages_per_second: f64,
         /// The number of different pages.
         working_set: u64,
     },
-    /// Each range at its time since the start, if the guest runs then, or as soon as it does.
+    /// The guest writes each range at its time since the start, or as soon as it runs after that
+    /// time.
     Script(Vec<(Duration, PageRange)>),
 }
 
-/// What the guest of a [`SimConfig`] reads while it runs, one page after the other.
+/// The reads of the guest of a [`SimConfig`] while it runs, one page after the other.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Touching {
-    /// Nothing.
+    /// The guest does not read.
     #[default]
     Nothing,
-    /// Page after page.
+    /// The guest reads the pages in ascending order.
     Sequential {
-        /// The rate as long as no page is missing.
+        /// The number of pages a second while no page is missing.
         pages_per_second: f64,
     },
-    /// Any page.
+    /// The guest reads pages in random order.
     Random {
-        /// The rate as long as no page is missing.
+        /// The number of pages a second while no page is missing.
         pages_per_second: f64,
     },
 }
 
-/// A page store in memory, and the way to it.
+/// A page store in memory, and the link to it.
 #[derive(Clone, Debug)]
 pub struct StoreConfig {
-    /// The name by which strategies know it.
+    /// The name by which strategies refer to the store.
     pub name: String,
-    /// Bytes a second that it takes, and that it hands out.
+    /// The number of bytes a second that the store receives, and that it sends.
     pub bytes_per_second: f64,
-    /// The latency to it, one way.
+    /// The one-way latency of the link.
     pub latency: Duration,
     /// The number of pages for which it has room.
     pub pages: u64,
 }
 
 impl StoreConfig {
-    /// Returns a store as fast as the default link, with room for every page.
+    /// Returns a store with the bandwidth and the latency of the default link, and with room for
+    /// every page.
     pub fn named(name: impl Into<String>) -> Self {
         let latency = Duration::from_micros(200);
         Self { name: name.into(), bytes_per_second: 125e6, latency, pages: u64::MAX / PAGE_SIZE as u64 }
     }
 }
 
-/// What happens to a store.
+/// A fault of a store, or the end of one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StoreFault {
-    /// It starts anew, and has lost everything.
+    /// The store restarts, and has lost everything.
     LosesContent,
-    /// Every request fails from now on. What it has is not lost.
+    /// Every request fails from now on. The content of the store is not lost.
     Fails,
-    /// Requests are answered again.
+    /// The store answers requests again.
     Recovers,
 }
 
-/// A fault of a store, and when it happens.
+/// A fault of a store, and the time at which it happens.
 #[derive(Clone, Debug)]
 pub struct FaultAt {
-    /// The action after which it happens, counted over the whole simulation.
+    /// The action after which the fault happens, counted over the whole simulation.
     pub action: u64,
     /// The name of the store.
     pub store: String,
-    /// What happens.
+    /// The fault.
     pub fault: StoreFault,
 }
 
-/// The world of a simulation.
+/// The configuration of a simulation.
 #[derive(Clone, Debug)]
 pub struct SimConfig {
-    /// Pages of RAM.
+    /// The number of pages of RAM.
     pub pages: u64,
-    /// The direct link's bandwidth in bytes a second, which is what the destination can receive
+    /// The bandwidth of the direct link in bytes a second. The destination receives at this rate
     /// from the source and from stores together.
     pub bytes_per_second: f64,
-    /// The link's latency, one way.
+    /// The one-way latency of the direct link.
     pub latency: Duration,
-    /// Bytes a second that the source can send altogether, or `None` for what the direct link
-    /// carries. After the hand-over, stores get what the direct link leaves.
+    /// The number of bytes a second that the source can send in total, or `None` for the bandwidth
+    /// of the direct link. After the hand-over, the stores get what the direct link leaves.
     pub egress: Option<f64>,
-    /// Pages that travel in one action.
+    /// The number of pages that are sent in one action.
     pub chunk: u64,
-    /// What the guest writes.
+    /// The writes of the guest.
     pub dirtying: Dirtying,
-    /// When the guest reports which pages free, in the order of time. It takes a page back by
-    /// writing there. What a free page holds counts for nothing.
+    /// The times at which the guest reports ranges of pages free, in ascending order. The guest
+    /// uses a free page again by writing to it. The content of a free page does not matter.
     pub freeing: Vec<(Duration, PageRange)>,
-    /// What the guest reads.
+    /// The reads of the guest.
     pub touching: Touching,
-    /// The link is lost after each of these actions, counted over the whole simulation. It is back
-    /// for the next connection.
+    /// The actions after which the link is lost, counted over the whole simulation. The link is
+    /// restored for the next connection.
     pub cuts: Vec<u64>,
-    /// The source dies after this action.
+    /// The action after which the source dies.
     pub dies_after: Option<u64>,
     /// The page stores, which both hosts reach.
     pub stores: Vec<StoreConfig>,
-    /// What happens to them.
+    /// The faults of the page stores.
     pub store_faults: Vec<FaultAt>,
     /// The name of the destination, for strategies that connect by themselves.
     pub destination: Destination,
-    /// Loading the state fails at the destination this many times.
+    /// The number of times that loading the state fails at the destination.
     pub failing_loads: u32,
-    /// Bytes of the VM's state.
+    /// The size of the VM's state in bytes.
     pub state_bytes: usize,
-    /// How long saving the state takes. The VMM says so beforehand.
+    /// The time that saving the state takes. The VMM reports it in advance.
     pub save_time: Duration,
-    /// How long loading the state takes. The VMM says so beforehand.
+    /// The time that loading the state takes. The VMM reports it in advance.
     pub load_time: Duration,
     /// See [`crate::engine::SourceOptions`].
     pub downtime_limit: Duration,
     /// See [`crate::engine::SourceOptions`].
     pub timeout: Option<Duration>,
-    /// What the time-out does: stop the guest, or give up.
+    /// Whether the time-out stops the guest. If `false`, the migration gives up.
     pub stop_on_timeout: bool,
-    /// What the time-out does first of all: hand the guest over and let the rest follow.
+    /// Whether the time-out hands the guest over and lets the other pages follow. Takes precedence
+    /// over `stop_on_timeout`.
     pub post_copy_on_timeout: bool,
     /// See [`crate::engine::SourceOptions`].
     pub impact: GuestImpact,
@@ -166,61 +169,64 @@ impl Default for SimConfig {
     }
 }
 
-/// Who owns the VM.
+/// The owner of the VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Owner {
     /// The source.
     Source,
-    /// The source does not know, the destination does not run it.
+    /// Unknown: the source does not know, and the destination does not run the VM.
     InDoubt,
     /// The destination.
     Destination,
 }
 
-/// How an attempt went.
+/// The result of an attempt.
 #[derive(Debug, Default)]
 pub struct Attempt {
-    /// Why it failed; `None` if the destination runs the VM and has released the source.
+    /// The reason why the attempt failed; `None` if the destination runs the VM and has released
+    /// the source.
     pub error: Option<MigrationError>,
-    /// Errors after which the strategy went on.
+    /// The errors after which the strategy continued.
     pub reported: Vec<String>,
-    /// From the pause until *running* arrived or the guest resumed.
+    /// The time from the pause until *running* arrived or the guest resumed.
     pub downtime: Option<Duration>,
-    /// What the strategy expected.
+    /// The downtime that the strategy expected.
     pub predicted_downtime: Option<Duration>,
-    /// Why the downtime limit was not kept, if the strategy said so.
+    /// The reason why the downtime limit was not kept, if the strategy reported one.
     pub stalled: Option<String>,
-    /// Virtual time it took: the *eviction time*, after which the source is free.
+    /// The virtual time of the attempt: the *eviction time*, after which the source is free.
     pub total: Duration,
-    /// Virtual time from the command to the end, if a command named the destination.
+    /// The virtual time from the command to the end, if a command named the destination.
     pub since_command: Option<Duration>,
-    /// Pages sent in each round.
+    /// The number of pages sent in each round.
     pub rounds: Vec<u64>,
-    /// Pages that were acknowledged by stores, each time counted.
+    /// The number of pages that stores acknowledged. A page counts each time.
     pub put: u64,
-    /// Puts that failed.
+    /// The number of puts that failed.
     pub failed_puts: u64,
-    /// Pages left out because they were free, each time counted.
+    /// The number of pages that were skipped because they were free. A page counts each time.
     pub skipped: u64,
-    /// How often the link was lost.
+    /// The number of times that the link was lost.
     pub cuts: u32,
-    /// The strongest throttle.
+    /// The strongest throttle in percent.
     pub throttle_percent: u8,
-    /// Touches of missing pages.
+    /// The number of touches of missing pages.
     pub faults: u64,
-    /// Links lost while pages were missing at the destination, and found again.
+    /// The number of times that the link was lost and restored while pages were missing at the
+    /// destination.
     pub recoveries: u32,
 }
 
-/// What the guest has had of a simulation so far.
+/// What the guest of a simulation has experienced so far.
 #[derive(Clone, Debug, Default)]
 pub struct GuestReport {
-    /// Virtual time for which it ran and did not wait. Throttling is not taken off.
+    /// The virtual time for which the guest ran and did not wait. Time lost by throttling is
+    /// included.
     pub ran: Duration,
-    /// Virtual time for which it waited for pages.
+    /// The virtual time for which the guest waited for pages.
     pub waited: Duration,
-    /// Touches that were done.
+    /// The number of completed touches.
     pub touches: u64,
-    /// How long each touch of a missing page waited.
+    /// The time that each touch of a missing page waited.
     pub faults: Latencies,
 }

@@ -1,5 +1,5 @@
-//! The destination's host: it receives the VM, runs it, and fetches what is missing from where it
-//! is.
+//! The destination host. It receives the VM, runs it, and fetches missing pages from where they
+//! are.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -16,12 +16,12 @@ use crate::{
     wire::{Control, ErrorCode, FaultSummary, SessionToken, Welcome, add_missing, missing_frames},
 };
 
-/// Most pages that are read ahead from stores at a time: 256 KiB.
+/// The largest number of pages that are read ahead from stores at a time: 256 KiB.
 const PREFETCH_PAGES: u64 = 64;
-/// When no store has a page, they are asked again after so long.
+/// The time after which stores are asked again for a page that no store has.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 
-/// The destination.
+/// The destination host.
 pub(super) struct DestinationHost {
     pub(super) machine: DestinationMachine,
     pub(super) map: PageMap,
@@ -30,24 +30,25 @@ pub(super) struct DestinationHost {
     pub(super) runs: bool,
     /// Whether the session's link is not its first one.
     pub(super) reattached: bool,
-    /// How often a state was loaded, or was to be.
+    /// The number of times that a state was loaded, or failed to load.
     loads: u32,
-    /// The entries of the store table that it has acknowledged.
+    /// The entries of the store table that the destination has acknowledged.
     table: BTreeSet<u8>,
-    /// Those that have lost pages, as it has found.
+    /// The entries that the destination has found to have lost pages.
     lost: BTreeSet<u8>,
     check: Option<Check>,
-    /// Pages that stores were asked for.
+    /// The pages that were requested from stores.
     asked: PageSet,
-    /// How many of them no guest waits for.
+    /// The number of these pages for which no guest waits.
     prefetching: u64,
-    /// Whether it waits before it asks stores again.
+    /// Whether the destination waits before it asks stores again.
     waits: bool,
-    /// After how many actions it last began to check stores before a release.
+    /// The number of actions after which the destination last began to check stores before a
+    /// release.
     pub(super) checked_after: Option<u64>,
 }
 
-/// A question to the stores of several entries, whether they have lost anything.
+/// A check of the stores of several entries for losses.
 struct Check {
     number: u64,
     /// The number of stores that have not answered.
@@ -56,12 +57,12 @@ struct Check {
     then: Then,
 }
 
-/// What follows from a check.
+/// The step that follows a check.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Then {
-    /// The source is told which entries it can use.
+    /// Report to the source which entries it can use.
     UseTable,
-    /// The source is released.
+    /// Release the source.
     Release,
 }
 
@@ -84,13 +85,13 @@ impl DestinationHost {
         }
     }
 
-    /// There is room for a VM, or none any more.
+    /// Resets the state of the host, with RAM for a new VM or with none.
     fn clear(&mut self, ram: Option<Vec<u64>>) {
         let (machine, loads) = (std::mem::take(&mut self.machine), self.loads);
         *self = Self { machine, loads, ram, ..Self::new(self.map.pages()) };
     }
 
-    /// Returns what a guest reads in a page that is not missing.
+    /// Returns the version that a guest reads in a page that is not missing.
     pub(super) fn content(&self, page: u64) -> u64 {
         self.ram.as_ref().map_or(0, |ram| ram[page as usize])
     }
@@ -106,7 +107,7 @@ impl DestinationHost {
     }
 }
 
-/// What the source says.
+/// Messages of the source.
 impl Simulation {
     pub(super) fn destination_takes(&mut self, message: Message) -> Vec<Message> {
         match message {
@@ -149,7 +150,7 @@ impl Simulation {
             }
             DestinationAction::Load { state, post_copy, .. } => {
                 if post_copy.is_some() {
-                    // the list is complete: locations cannot replace what is here any more
+                    // the list is complete: locations cannot replace pages that are here any more
                     let none = PageSet::empty(self.config.pages);
                     let left = self.destination.map.leave_behind(&none);
                     self.note_broken(left.map_err(Into::into));
@@ -176,7 +177,7 @@ impl Simulation {
                 Vec::new()
             }
             DestinationAction::Pong => control([Control::Pong]),
-            // the simulator says where pages are in words of its own
+            // the simulator has its own messages for locations
             DestinationAction::StoreTable(_)
             | DestinationAction::Located(_)
             | DestinationAction::Vacated(_)
@@ -187,7 +188,7 @@ impl Simulation {
         }
     }
 
-    /// The state is loaded, or cannot be.
+    /// Handles the end of loading the state: `whole` says whether it succeeded.
     pub(super) fn loaded(&mut self, whole: bool) {
         if whole {
             let ready = self.destination.machine.loaded();
@@ -204,7 +205,7 @@ impl Simulation {
         }
     }
 
-    /// Says that the VM runs, and on a new link what it lacks.
+    /// Returns the messages that say that the VM runs, and on a new link which pages are missing.
     fn running(&mut self) -> Vec<Message> {
         let mut replies = control([Control::Running]);
         if self.destination.map.missing_at_hand_over().is_empty() {
@@ -214,7 +215,7 @@ impl Simulation {
             let complete = self.destination.machine.complete();
             replies.extend(control(complete.map(|()| Control::Complete(FaultSummary::default()))));
         } else if self.destination.reattached {
-            // first, so that the source does not name these entries again
+            // this message is first, so that the source does not name these entries again
             replies.push(Message::Lost(self.destination.lost.iter().copied().collect()));
             let lacks = self.destination.lacks();
             replies.extend(control(missing_frames(&lacks)));
@@ -225,7 +226,7 @@ impl Simulation {
         replies
     }
 
-    /// Checks that all pages that the destination has are as they were last.
+    /// Checks that all pages that the destination has are in their last state.
     pub(super) fn check_copy(&mut self) {
         if self.destination.ram.is_none() {
             return self.broken.push("the destination starts a VM that it does not have".into());
@@ -241,7 +242,7 @@ impl Simulation {
         }
     }
 
-    /// Pages arrive from the source.
+    /// Takes pages from the source.
     fn pages_arrive(&mut self, range: PageRange, versions: &[u64]) -> Vec<Message> {
         if self.destination.machine.phase() != DestinationPhase::Running {
             if self.destination.machine.accepts_pages() && self.destination.ram.is_some() {
@@ -252,7 +253,7 @@ impl Simulation {
             return Vec::new();
         }
         let mut installed = false;
-        // a second copy is dropped
+        // a second copy of a page is dropped
         for run in self.destination.map.free_runs(range, PageCopy::Source, usize::MAX) {
             let arrived = self.destination.map.claim(run).and_then(|()| self.destination.map.arrived(run));
             self.note_broken(arrived.map_err(Into::into));
@@ -265,7 +266,7 @@ impl Simulation {
         if installed && self.destination.map.missing().is_empty() { self.complete() } else { Vec::new() }
     }
 
-    /// No page is needed from the source any more: it is released.
+    /// Releases the source: no page is needed from it any more.
     fn complete(&mut self) -> Vec<Message> {
         let complete = self.destination.machine.complete();
         self.check_copy();
@@ -275,7 +276,7 @@ impl Simulation {
 
 /// Pages in stores.
 impl Simulation {
-    /// The source says where pages are.
+    /// Takes the source's announcement of locations.
     fn located(&mut self, runs: Vec<LocatedRun>) {
         for LocatedRun { pages, copy, held } in runs {
             if !self.destination.table.contains(&copy.entry) {
@@ -289,7 +290,7 @@ impl Simulation {
         }
     }
 
-    /// The guest waits for a page: it is asked for where it is.
+    /// Requests the page for which the guest waits from the place where it is.
     pub(super) fn fault_at_destination(&mut self, page: u64) {
         match self.destination.map.location(page) {
             Location::Source => self.reply(Message::Demand(page)),
@@ -304,7 +305,7 @@ impl Simulation {
         self.start_get(Side::Destination, GetUnderWay { range, copy, replica: 0, urgent });
     }
 
-    /// Reads pages ahead that nobody waits for, once the source is released.
+    /// Reads pages ahead for which no guest waits, once the source is released.
     pub(super) fn prefetch(&mut self) {
         if !self.destination.runs || !self.destination.machine.is_complete() || self.destination.waits {
             return;
@@ -321,7 +322,7 @@ impl Simulation {
         }
     }
 
-    /// A store of the entry has answered with these pages, or with none.
+    /// Takes the answer of a store of the entry: the pages that it has, or none.
     pub(super) fn got_at_destination(&mut self, asked: GetUnderWay, found: Vec<(u64, u64)>) {
         self.destination.asked.remove_range(asked.range);
         let many = if asked.urgent { 0 } else { asked.range.count };
@@ -329,7 +330,7 @@ impl Simulation {
         let lacking = not_found(asked.range, &found);
         for (page, version) in found {
             let range = PageRange::new(page, 1);
-            // the newest content may be elsewhere by now, or here
+            // the newest content may be elsewhere by now, or the page may be installed
             if self.destination.map.free_runs(range, PageCopy::Store(asked.copy), 1).is_empty() {
                 continue;
             }
@@ -356,9 +357,9 @@ impl Simulation {
         runs.iter().flat_map(|&run| map.free_runs(run, PageCopy::Store(copy), usize::MAX)).collect()
     }
 
-    /// A store lacks pages, or does not answer. The next store of the entry is asked. If there is
-    /// none, pages that the source holds come from the source, and others are asked for again
-    /// later.
+    /// Handles a store that does not have pages, or does not answer. The next store of the entry is
+    /// asked. If there is none, pages that the source holds come from the source, and the others
+    /// are requested again later.
     fn lacking_in_store(&mut self, asked: &GetUnderWay, lacking: &[PageRange]) {
         if self.ask_next_store(Side::Destination, asked, lacking) {
             for &range in lacking {
@@ -377,7 +378,7 @@ impl Simulation {
         }
     }
 
-    /// A guest that waits for a page in a store asks again.
+    /// Repeats the request of a guest that waits for a page in a store.
     pub(super) fn ask_again(&mut self) {
         self.destination.waits = false;
         if let Some((page, _)) = self.guest.waiting {
@@ -386,7 +387,8 @@ impl Simulation {
         self.prefetch();
     }
 
-    /// An entry has lost pages. Those that the source holds come from it.
+    /// Records that an entry has lost pages. Those that the source holds are requested from the
+    /// source.
     fn lose_entry(&mut self, entry: u8) {
         let loss = self.destination.map.entry_lost(entry);
         self.destination.lost.insert(entry);
@@ -401,7 +403,7 @@ impl Simulation {
         }
     }
 
-    /// The source has sent or located everything.
+    /// Handles the source's report that it has sent or located every page.
     fn vacated(&mut self) {
         if self.destination.machine.is_complete() {
             return;
@@ -420,7 +422,7 @@ impl Simulation {
         self.conclude_check();
     }
 
-    /// A store has said whether it still has the namespace, and has lost nothing.
+    /// Takes a store's answer to a check: whether it still has the namespace and has lost nothing.
     pub(super) fn renewed(&mut self, entry: u8, number: u64, intact: bool) {
         let Some(check) = self.destination.check.as_mut().filter(|check| check.number == number) else { return };
         check.waiting -= 1;
@@ -448,13 +450,13 @@ impl Simulation {
             self.complete().into_iter().for_each(|reply| self.reply(reply));
             self.prefetch();
         } else {
-            // the entries that were lost had no page that matters
+            // no page depends on the entries that were lost
             self.vacated();
         }
     }
 
-    /// A person states that the source is dead. If no page is only there, the destination needs it
-    /// no more. Returns whether that is so.
+    /// Records a person's statement that the source is dead. If no page is only at the source, the
+    /// destination does not need it any more. Returns whether that is so.
     pub fn release_by_hand(&mut self) -> bool {
         if !self.destination.runs || !self.source.dead {
             return false;
@@ -464,9 +466,9 @@ impl Simulation {
         self.destination.machine.is_complete()
     }
 
-    /// Lets the guest run at the destination, which fetches what is in stores, until nothing is
-    /// missing or so much time has passed. Then it forgets the namespaces to which no page refers.
-    /// Returns how many pages are missing.
+    /// Lets the guest run at the destination, which fetches pages from stores, until no page is
+    /// missing or the time `most` has passed. Then forgets the namespaces to which no page refers.
+    /// Returns the number of missing pages.
     pub fn gather(&mut self, most: Duration) -> u64 {
         let end = self.clock + most;
         while !self.destination.map.missing().is_empty() && self.clock < end {

@@ -1,4 +1,4 @@
-//! The guest: what it touches over time, on either side.
+//! The guest: the pages that it touches over time, on either side.
 
 use std::time::Duration;
 
@@ -21,12 +21,12 @@ pub trait GuestMemory {
     /// Returns the number of pages.
     fn pages(&self) -> u64;
 
-    /// Reads or writes a page. Returns whether that is done. If not, the page is missing: the guest
-    /// waits for it, and has to touch it again when it runs next.
+    /// Reads or writes a page. Returns whether the touch is complete. If it is not, the page is
+    /// missing: the guest waits for the page, and has to touch it again when it runs next.
     fn touch(&mut self, page: u64, write: bool) -> bool;
 }
 
-/// What a guest does while it runs, at the source and at the destination alike.
+/// The behaviour of a guest while it runs, at the source and at the destination alike.
 ///
 /// ```
 /// use std::time::Duration;
@@ -57,32 +57,33 @@ pub trait GuestMemory {
 /// assert!(sim.guest_report().touches > 100);
 /// ```
 pub trait Guest: Send {
-    /// Runs the guest for a span of time. Returns how much of it has passed when the guest stopped:
-    /// less than `span.time` only if a touch has to wait.
+    /// Runs the guest for a span of time. Returns the time after which the guest stopped: less than
+    /// `span.time` only if a touch has to wait.
     fn run(&mut self, span: Span, memory: &mut dyn GuestMemory) -> Duration;
 }
 
-/// The guest that a [`SimConfig`](super::SimConfig) describes: writes and reads, each at its rate.
+/// The guest that a [`SimConfig`](super::SimConfig) describes. It writes and reads, each at its
+/// rate.
 pub(super) struct Configured {
     dirtying: Dirtying,
     touching: Touching,
     writes: Paced,
     reads: Paced,
-    /// The next item of the script, and how many pages of it were written.
+    /// The index of the next item of the script, and the number of pages of it that were written.
     scripted: (usize, u64),
 }
 
-/// Something that is done at a rate.
+/// An action that is repeated at a rate.
 #[derive(Default)]
 struct Paced {
-    /// How often it was done.
+    /// The number of times that the action was done.
     done: u64,
-    /// The part of the next one that is due, from 0 to 1.
+    /// The part of the next action that is due, from 0 to 1.
     credit: f64,
 }
 
 impl Paced {
-    /// Returns the seconds until the next one is due.
+    /// Returns the seconds until the next action is due.
     fn due_in(&self, rate: f64) -> f64 {
         if rate > 0.0 { (1.0 - self.credit).max(0.0) / rate } else { f64::INFINITY }
     }
@@ -96,8 +97,8 @@ impl Paced {
         self.credit = 0.0;
     }
 
-    /// Leaves out all but the last `most` of what is due in so many seconds. Returns the rate of
-    /// the rest.
+    /// Skips all but the last `most` of the actions that are due in `seconds` seconds. Returns the
+    /// rate of those that remain.
     fn at_most(&mut self, most: u64, rate: f64, seconds: f64) -> f64 {
         let due = rate * seconds;
         if due <= most as f64 {
@@ -108,7 +109,7 @@ impl Paced {
     }
 }
 
-/// What a configured guest does next.
+/// The next action of a configured guest.
 enum Step {
     Write,
     Read,
@@ -120,7 +121,7 @@ impl Configured {
         Self { dirtying, touching, writes: Paced::default(), reads: Paced::default(), scripted: (0, 0) }
     }
 
-    /// Returns the page of the next item of the script, and when it is due.
+    /// Returns the next page of the script, with the time at which it is due.
     fn script(&self) -> Option<(Duration, u64)> {
         let Dirtying::Script(script) = &self.dirtying else { return None };
         let (at, range) = script.get(self.scripted.0)?;
@@ -150,7 +151,7 @@ impl Guest for Configured {
             Touching::Sequential { pages_per_second } => (pages_per_second * span.share, false),
             Touching::Random { pages_per_second } => (pages_per_second * span.share, true),
         };
-        // to write a page twice within a span is as good as once
+        // two writes of a page within a span have the effect of one
         let write_rate = self.writes.at_most(set, write_rate, total);
         let read_rate = self.reads.at_most(pages, read_rate, total);
         let mut now = 0.0;
@@ -210,19 +211,19 @@ impl GuestMemory for Memory<'_> {
     }
 }
 
-/// The guest, and the truth about its memory.
+/// The guest, and the true content of its memory.
 pub(super) struct GuestState {
-    /// Taken out while it runs.
+    /// The guest; `None` while it runs.
     guest: Option<Box<dyn Guest>>,
     /// The newest version of each page.
     pub(super) newest: Vec<u64>,
     /// The last version that was given to a page.
     written: u64,
-    /// Pages that the guest has reported free and not taken back.
+    /// The pages that the guest has reported free and not used again.
     pub(super) free: crate::PageSet,
-    /// How much of the configuration's list was reported.
+    /// The number of items of the configured list that were reported.
     freed: usize,
-    /// The missing page at which the guest stands still, and since when.
+    /// The missing page for which the guest waits, and the time at which the wait began.
     pub(super) waiting: Option<(u64, Duration)>,
     pub(super) report: super::GuestReport,
 }
@@ -242,8 +243,8 @@ impl GuestState {
 }
 
 impl Simulation {
-    /// Lets the guest run until `until`, or until it faults. The clock is then at that time.
-    /// Returns whether that is `until`.
+    /// Lets the guest run until `until`, or until it faults, and sets the clock to that time.
+    /// Returns whether it ran until `until`.
     pub(super) fn run_guest(&mut self, until: Duration) -> bool {
         let from = self.clock;
         self.report_free_pages(until);
@@ -269,7 +270,7 @@ impl Simulation {
         }
     }
 
-    /// Asks for the page at which the guest stands still.
+    /// Requests the page for which the guest waits.
     pub(super) fn fault(&mut self, page: u64) {
         if self.destination.runs {
             self.fault_at_destination(page);
@@ -278,7 +279,7 @@ impl Simulation {
         }
     }
 
-    /// A page has arrived: a guest that waits for it goes on.
+    /// Ends the guest's wait for `page`, which has arrived.
     pub(super) fn page_is_there(&mut self, page: u64) {
         if let Some((_, since)) = self.guest.waiting.take_if(|(waiting, _)| *waiting == page) {
             let waited = self.clock - since;
@@ -309,7 +310,7 @@ impl Simulation {
         true
     }
 
-    /// The guest, or the VMM while it saves the state, writes a page.
+    /// Writes a page, as the guest does, or the VMM while it saves the state.
     pub(super) fn write_at_source(&mut self, page: u64) {
         let version = self.new_version(page);
         self.source.ram[page as usize] = version;
@@ -333,14 +334,14 @@ impl Simulation {
     }
 
     fn new_version(&mut self, page: u64) -> u64 {
-        // in this order: see `SourceVm::free_pages`
+        // the order matters: see `SourceVm::free_pages`
         self.guest.free.remove(page);
         self.guest.written += 1;
         self.guest.newest[page as usize] = self.guest.written;
         self.guest.written
     }
 
-    /// What the guest reads must be what it wrote last.
+    /// Checks that the guest reads the version that it wrote last.
     fn check_read(&mut self, side: &str, page: u64, found: u64) {
         let newest = self.guest.newest[page as usize];
         if found != newest && !self.guest.free.contains(page) {

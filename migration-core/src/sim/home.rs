@@ -1,4 +1,4 @@
-//! A VM at home of which cold pages are in stores.
+//! A VM whose cold pages are in stores while no migration is under way.
 
 use std::time::Duration;
 
@@ -14,11 +14,11 @@ use crate::{
     strategy::Place,
 };
 
-/// After a get that failed, a guest at the source asks again after so long.
+/// The time after which a guest at the source repeats a get that failed.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 
 impl Simulation {
-    /// Reads those of `range` that are in stores, to send them. They do not become resident.
+    /// Reads the pages of `range` that are in stores, to send them. They do not become resident.
     pub(super) fn read_through(&mut self, range: PageRange) -> Result<(), MigrationError> {
         self.source.buffer.clear();
         let mut wanted = PageSet::empty(self.config.pages);
@@ -31,7 +31,7 @@ impl Simulation {
         self.wait_for(|sim| sim.source.reading == 0)
     }
 
-    /// A store has answered with pages that are to be sent.
+    /// Takes a store's answer with pages that are to be sent.
     pub(super) fn got_in_buffer(&mut self, asked: GetUnderWay, found: Vec<(u64, u64)>) {
         let lacking = not_found(asked.range, &found);
         self.source.reading = self.source.reading.saturating_sub(found.len() as u64);
@@ -62,7 +62,7 @@ impl Simulation {
         }
     }
 
-    /// A page comes back. From the pause on nothing is installed any more.
+    /// Installs a page that was read back. After the pause begins, nothing is installed any more.
     fn return_to_source(&mut self, page: u64, version: u64, copy: StoreCopy) {
         let range = PageRange::new(page, 1);
         let free = !self.source.map.free_runs(range, PageCopy::Store(copy), 1).is_empty();
@@ -73,7 +73,7 @@ impl Simulation {
         self.note_broken(returned.map_err(Into::into));
         self.source.ram[page as usize] = version;
         if !self.source.tracking {
-            // nobody would see a write, so the copy counts no more
+            // no tracker would see a write, so the copy does not count any more
             let mut pages = PageSet::empty(self.config.pages);
             pages.insert(page);
             let dirtied = self.source.map.dirtied(&pages);
@@ -82,18 +82,18 @@ impl Simulation {
         self.page_is_there(page);
     }
 
-    /// Puts pages into stores and drops them from RAM, as a VMM does with cold pages of a VM that
-    /// runs at home. Pages that the guest writes meanwhile stay. Returns how many pages were
-    /// evicted.
+    /// Puts pages into stores and drops them from RAM, as a VMM does with cold pages of a VM
+    /// outside a migration. Pages that the guest writes during the put stay in RAM. Returns the
+    /// number of pages that were evicted.
     ///
     /// # Errors
-    /// Returns an error if there is no such store, or if the guest's pages are tracked: no page is
-    /// evicted during a migration.
+    /// Returns an error if there is no such store, if the guest's pages are tracked, or if the
+    /// guest does not run at the source: no page is evicted during a migration.
     pub fn evict(&mut self, range: PageRange, stores: &[&str]) -> Result<u64, MigrationError> {
         if self.source.tracking || !self.source.runs {
             return Err(MigrationError::Blocked("no page is evicted while the VM is tracked, or elsewhere".into()));
         }
-        // the last page is the one that the VMM touches while it saves the state
+        // the last page stays, because the VMM touches it while it saves the state
         let end = range.end().min(self.config.pages - 1);
         let mut pages = PageSet::empty(self.config.pages);
         pages.insert_range(PageRange::new(range.first, end.saturating_sub(range.first)));
@@ -106,7 +106,7 @@ impl Simulation {
             None => self.create_entry(&place)??,
         };
         self.source.dirty.clear();
-        // those that a store does not take stay
+        // pages that a store does not accept stay in RAM
         self.put_into(entry, &mut pages, u64::MAX)?.or_keep_for_later();
         let mut cold = self.source.put.clone();
         cold.subtract(&self.source.dirty);

@@ -1,4 +1,5 @@
-//! The network: links with a bandwidth and a latency, what is on its way over them, and time.
+//! The network: links with a bandwidth and a latency, the messages on their way, and the virtual
+//! time.
 
 use std::{collections::BTreeMap, io, time::Duration};
 
@@ -8,10 +9,10 @@ use super::{
 };
 use crate::{MigrationError, PAGE_SIZE, PageRange, PageSet, page_map::LocatedRun, wire::Control};
 
-/// A link in one direction. What is sent on it goes out one after the other, without waiting for
-/// answers: the latency is paid once, not for each message.
+/// A link in one direction. Messages leave one after the other, without waiting for answers. So the
+/// latency is paid once, not for each message.
 pub(super) struct Pipe {
-    /// When everything has gone out that was sent so far.
+    /// The time at which everything that was sent so far has left.
     pub(super) free_at: Duration,
 }
 
@@ -20,13 +21,14 @@ impl Pipe {
         Self { free_at: Duration::ZERO }
     }
 
-    /// Sends after everything else. Returns when the last byte has gone out.
+    /// Sends `bytes` bytes after everything else. Returns the time at which the last byte has left.
     pub(super) fn send(&mut self, now: Duration, bytes: u64, rate: f64) -> Duration {
         self.free_at = self.free_at.max(now) + time_of(bytes, rate);
         self.free_at
     }
 
-    /// Sends before everything else, which goes out later. Returns when the last byte has gone out.
+    /// Sends `bytes` bytes before everything else, which is delayed. Returns the time at which the
+    /// last byte has left.
     pub(super) fn send_urgently(&mut self, now: Duration, bytes: u64, rate: f64) -> Duration {
         let time = time_of(bytes, rate);
         self.free_at = self.free_at.max(now) + time;
@@ -35,38 +37,38 @@ impl Pipe {
 }
 
 fn time_of(bytes: u64, rate: f64) -> Duration {
-    // a link that is all but dead takes a day, so that no sum of times overflows
+    // an extremely slow link takes a day, so that no sum of times overflows
     Duration::try_from_secs_f64(bytes as f64 / rate).unwrap_or(DAY).min(DAY)
 }
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
-/// Bytes of a message that is neither pages nor a frame of the wire format.
+/// The size in bytes of a message that is neither pages nor a frame of the wire format.
 const SMALL: u64 = 40;
 
-/// What travels between the hosts.
+/// A message between the hosts.
 pub(super) enum Message {
     /// A frame of the protocol.
     Control(Control),
-    /// Pages, as they were when they were read.
+    /// Pages, with their versions when they were read.
     Pages { range: PageRange, versions: Vec<u64> },
     /// A round is complete.
     RoundEnd(u32),
     /// The guest at the destination waits for a page.
     Demand(u64),
-    /// The numbers of the entries of the store table that are used.
+    /// The numbers of the entries of the store table that are in use.
     Table(Vec<u8>),
     /// The destination has the table. These of its entries have lost pages.
     TableTaken(Vec<u8>),
-    /// Where pages are.
+    /// The locations of pages.
     Located(Vec<LocatedRun>),
-    /// All locations were sent: the destination is to say that it has them.
+    /// All locations were sent. The destination has to acknowledge them.
     LocationsEnd,
-    /// It has.
+    /// The destination has acknowledged all locations.
     LocationsTaken,
     /// Every page was sent or located.
     Vacated,
-    /// These entries have lost pages, as the destination has found.
+    /// The destination has found that these entries have lost pages.
     Lost(Vec<u8>),
     /// The destination needs these pages from the source.
     Lacks(PageSet),
@@ -83,7 +85,7 @@ impl Message {
     }
 }
 
-/// Something that happens at a certain time.
+/// An event at a certain time.
 pub(super) enum Event {
     /// A message arrives at the destination.
     ToDestination(Message),
@@ -91,22 +93,22 @@ pub(super) enum Event {
     ToSource(Message),
     /// A request arrives at a store.
     AtStore(Request),
-    /// A store's answer arrives.
+    /// The answer of a store arrives.
     FromStore(Answer),
-    /// The destination has loaded the state, or has failed to.
+    /// The destination has loaded the state, if `true`, or has failed to.
     Loaded(bool),
-    /// The destination asks its stores again.
+    /// The requests to stores that failed are repeated.
     AskAgain,
 }
 
-/// All links, and what is on its way.
+/// All links, and the messages on their way.
 pub(super) struct Network {
     pub(super) connected: bool,
     events: BTreeMap<(Duration, u64), Event>,
     numbered: u64,
     pub(super) to_destination: Pipe,
     to_source: Pipe,
-    /// From the source to all stores.
+    /// The link from the source to all stores.
     pub(super) to_stores: Pipe,
 }
 
@@ -131,7 +133,7 @@ impl Network {
         self.events.first_key_value().map(|(&(at, _), _)| at)
     }
 
-    /// The link between the hosts is lost, and all that was on it.
+    /// Drops the link between the hosts, and all messages on it.
     fn drop_link(&mut self) {
         self.connected = false;
         let on_link = |event: &Event| matches!(event, Event::ToDestination(_) | Event::ToSource(_) | Event::Loaded(_));
@@ -144,7 +146,7 @@ pub(super) fn link_error() -> MigrationError {
 }
 
 impl Simulation {
-    /// One action is done: what is configured to happen after it happens.
+    /// Counts an action. Then lets everything happen that is configured to happen after it.
     pub(super) fn act(&mut self) {
         self.actions += 1;
         let due = self.config.store_faults.iter().filter(|fault| fault.action == self.actions);
@@ -161,7 +163,7 @@ impl Simulation {
         }
     }
 
-    /// Does something to a store, now. Does nothing if there is no store with this name.
+    /// Applies `fault` to a store now. Does nothing if there is no store with this name.
     pub fn store_fault(&mut self, store: &str, fault: StoreFault) {
         if let Some(store) = self.stores.iter_mut().find(|other| other.name() == store) {
             store.fault(fault);
@@ -179,14 +181,14 @@ impl Simulation {
         }
     }
 
-    /// The source sends a message, and goes on at once.
+    /// Sends a message of the source without waiting for its arrival.
     pub(super) fn send_message(&mut self, message: Message) -> Result<(), MigrationError> {
         let bytes = message.bytes(self.epoch);
         let sent = self.network.to_destination.send(self.clock, bytes, self.config.bytes_per_second);
         self.on_its_way(sent, message)
     }
 
-    /// The source answers a demand: before all that waits for the link.
+    /// Sends the source's answer to a demand, before all messages that wait for the link.
     pub(super) fn send_urgently(&mut self, message: Message) -> Result<(), MigrationError> {
         let bytes = message.bytes(self.epoch);
         let sent = self.network.to_destination.send_urgently(self.clock, bytes, self.config.bytes_per_second);
@@ -204,7 +206,7 @@ impl Simulation {
         Ok(())
     }
 
-    /// The destination sends a message, if the link is there.
+    /// Sends a message of the destination, if the link is up.
     pub(super) fn reply(&mut self, message: Message) {
         if !self.network.connected {
             return;
@@ -217,8 +219,8 @@ impl Simulation {
         }
     }
 
-    /// Goes on to what happens next, but not beyond `until`. Returns whether there was anything to
-    /// go on to.
+    /// Advances the clock to the next event, but not beyond `until`. Returns `false` if there is no
+    /// event and no `until`.
     pub(super) fn step(&mut self, until: Option<Duration>) -> bool {
         let next = self.network.next_at();
         let Some(target) = next.into_iter().chain(until).min() else { return false };
@@ -273,7 +275,7 @@ impl Simulation {
         }
     }
 
-    /// Waits until `done`, with the link.
+    /// Waits until `done` returns `true`, while the link is up.
     pub(super) fn wait_for(&mut self, done: impl Fn(&Self) -> bool) -> Result<(), MigrationError> {
         loop {
             if let Some(error) = self.source.failure.take() {
@@ -292,7 +294,7 @@ impl Simulation {
         }
     }
 
-    /// Waits until the direct link takes more.
+    /// Waits until the direct link is free.
     pub(super) fn wait_for_link(&mut self) -> Result<(), MigrationError> {
         while self.network.to_destination.free_at > self.clock {
             if let Some(error) = self.source.failure.take() {
@@ -306,15 +308,15 @@ impl Simulation {
         Ok(())
     }
 
-    /// Returns the bytes a second that the source has for stores.
+    /// Returns the bandwidth that the source has for stores, in bytes a second.
     pub(super) fn egress_for_stores(&self) -> f64 {
         let egress = self.config.egress.unwrap_or(self.config.bytes_per_second);
-        // after the hand-over, what the direct link leaves
+        // after the hand-over, the stores get what the direct link leaves
         if self.source.machine.owns() { egress } else { egress - self.config.bytes_per_second }
     }
 }
 
-/// Returns the bytes that so many pages take.
+/// Returns the size of `pages` pages in bytes.
 pub(super) fn bytes_of(pages: u64) -> u64 {
     pages * PAGE_SIZE as u64
 }

@@ -3,16 +3,16 @@
 //!
 //! Both [machines](crate::protocol) are the real ones, and so are the strategy, the [page
 //! maps](crate::page_map) and the [page stores](crate::store). A page is a version number, a link
-//! has a bandwidth and a latency, and a [`Guest`] reads and writes on whichever side it runs.
-//! Whatever it reads is compared with what it wrote last.
+//! has a bandwidth and a latency, and a [`Guest`] reads and writes on the side on which it runs.
+//! Each version that it reads is compared with the version that it wrote last.
 //!
-//! Every message is two *actions*, its sending and its arrival, so that "sent but lost" and
-//! "arrived but not answered" are both tried; so are requests to stores and their answers. A link
-//! can be cut, and a store can fail or lose what it has, after each action. Nothing depends on a
-//! clock or a thread: the same configuration gives the same run.
+//! Every message is two *actions*, its sending and its arrival, so that both "sent but lost" and
+//! "arrived but not answered" are tested. The same is true of requests to stores and their answers.
+//! After each action a link can be cut, and a store can fail or lose its content. Nothing depends
+//! on a real clock or a thread: the same configuration gives the same run.
 //!
-//! The messages about pages in stores are the simulator's own, and not those of the
-//! [wire format](crate::wire).
+//! The messages about pages in stores are private to the simulator. They are not those of the [wire
+//! format](crate::wire).
 //!
 //! ```
 //! use std::time::Duration;
@@ -29,8 +29,8 @@
 //! assert_eq!(sim.broken(), &[] as &[String]);
 //! ```
 //!
-//! Pages that the source cannot send at once go through a store, and the source is free although
-//! the destination still gathers:
+//! Pages that the source cannot send at once go through a store. The source is free although the
+//! destination still gathers pages:
 //!
 //! ```
 //! use std::time::Duration;
@@ -85,7 +85,7 @@ use crate::{
     wire::Control,
 };
 
-/// Compiles and runs the example of that page.
+/// Compiles and runs the example of the page `docs/store-strategies.md`.
 #[cfg(doctest)]
 #[doc = include_str!("../../../docs/store-strategies.md")]
 struct StoreStrategiesPage;
@@ -101,20 +101,20 @@ pub struct Simulation {
     destination: DestinationHost,
     guest: GuestState,
     stores: Vec<SimStore>,
-    /// The clock on which the stores' leases run.
+    /// The clock of the stores' leases.
     leases: Arc<ManualClock>,
     /// The VM's store table. Entries are only appended.
     entries: Vec<Entry>,
     gets: BTreeMap<u64, GetUnderWay>,
     /// The number of the last request to a store.
     requests: u64,
-    /// Commands that no strategy has taken, and when they come.
+    /// The commands that no strategy has taken, with their times.
     commands: Vec<(Duration, Destination)>,
-    /// When the last command was taken.
+    /// The time at which the last command was taken.
     commanded: Option<Duration>,
-    /// When the present attempt began.
+    /// The time at which the present attempt began.
     began: Duration,
-    /// The name of its strategy, and the places that it has named.
+    /// The name of the attempt's strategy, and the places in stores that it uses.
     strategy: &'static str,
     attempt_places: Vec<Place>,
     /// Whether the destination maps the source's memory.
@@ -124,13 +124,13 @@ pub struct Simulation {
 }
 
 impl Simulation {
-    /// Makes a world in which the guest of the configuration runs at the source.
+    /// Returns a simulation in which the guest of the configuration runs at the source.
     pub fn new(config: SimConfig) -> Self {
         let guest = Configured::new(config.dirtying.clone(), config.touching);
         Self::with_guest(config, Box::new(guest))
     }
 
-    /// Makes a world in which this guest runs at the source.
+    /// Returns a simulation in which `guest` runs at the source.
     pub fn with_guest(config: SimConfig, guest: Box<dyn Guest>) -> Self {
         let (pages, leases) = (config.pages, Arc::<ManualClock>::default());
         let stores = config.stores.iter().map(|store| SimStore::new(store.clone(), leases.clone())).collect();
@@ -159,14 +159,14 @@ impl Simulation {
         }
     }
 
-    /// Commands that the VM moves to `to`, so much time from now. A strategy that
+    /// Schedules a command to move the VM to `to`, after `after` from now. A strategy that
     /// [waits](Running::wait) for a command takes it.
     pub fn command(&mut self, after: Duration, to: Destination) {
         self.commands.push((self.clock + after, to));
     }
 
-    /// Runs `strategy`, and does what follows from how it ends, as the engine does: everything is
-    /// given back, or *run* is repeated until it is answered, and the source serves until it is
+    /// Runs `strategy`, then acts on its result as the engine does: rolls everything back; or
+    /// repeats *run* until the destination answers, and streams missing pages until the source is
     /// released.
     pub fn attempt(&mut self, strategy: &mut dyn Strategy) -> Attempt {
         self.began = self.clock;
@@ -183,7 +183,7 @@ impl Simulation {
             if self.source.runs {
                 self.broken.push("the source runs a VM that is in doubt".into());
             }
-            // whatever goes wrong leaves the doubt as it is
+            // an error leaves the doubt as it is
             let _ = self.repeat_run();
         }
         if self.source.machine.phase() == SourcePhase::Serving && !self.source.dead {
@@ -202,7 +202,7 @@ impl Simulation {
         std::mem::take(&mut self.attempt)
     }
 
-    /// The attempt is over: the source tells the destination so.
+    /// Ends the attempt. The source reports the end to the destination.
     fn conclude(&mut self) {
         let last = if self.source.machine.owns() {
             self.roll_back();
@@ -214,14 +214,14 @@ impl Simulation {
             && self.network.connected
             && self.send_message(Message::Control(last)).is_ok()
         {
-            // it may be lost
+            // the message may be lost
             self.pass(self.config.latency * 2);
         }
         self.source.machine.link_lost();
         self.disconnect();
     }
 
-    /// Returns who owns the VM now.
+    /// Returns the present owner of the VM.
     pub fn owner(&self) -> Owner {
         match (self.source.machine.owns() && !self.source.dead, self.destination.machine.phase()) {
             (_, DestinationPhase::Running) => Owner::Destination,
@@ -230,17 +230,17 @@ impl Simulation {
         }
     }
 
-    /// Returns whether the guest runs, anywhere.
+    /// Returns whether the guest runs at the source or at the destination.
     pub fn guest_runs(&self) -> bool {
         self.source.runs || self.destination.runs
     }
 
-    /// Returns how the guest fares.
+    /// Returns what the guest has experienced so far.
     pub fn guest_report(&self) -> &GuestReport {
         &self.guest.report
     }
 
-    /// Returns how many actions there were.
+    /// Returns the number of actions so far.
     pub fn actions(&self) -> u64 {
         self.actions
     }
@@ -250,40 +250,41 @@ impl Simulation {
         self.clock
     }
 
-    /// Returns where the destination stands.
+    /// Returns the phase of the destination.
     pub fn destination_phase(&self) -> DestinationPhase {
         self.destination.machine.phase()
     }
 
-    /// Returns how many pages the destination's guest would wait for.
+    /// Returns the number of pages that are missing at the destination.
     pub fn missing(&self) -> u64 {
         self.destination.map.missing().len()
     }
 
-    /// Returns after how many actions the destination last began to ask the stores whether they
-    /// have lost anything, to release the source. What they lose later is lost.
+    /// Returns the number of actions after which the destination last began to check, before it
+    /// releases the source, whether the stores have lost anything. Content that stores lose later
+    /// cannot be recovered from the source.
     pub fn checked_after(&self) -> Option<u64> {
         self.destination.checked_after
     }
 
-    /// Returns the throttle in force at the source.
+    /// Returns the present throttle at the source in percent.
     pub fn throttle_in_force(&self) -> u8 {
         self.source.throttle
     }
 
-    /// Returns whether the source still tracks dirty pages. Between attempts it does only while a
-    /// copy of the VM is kept ready in a store.
+    /// Returns whether the source still tracks dirty pages. Between attempts it does so only while
+    /// a copy of the VM is kept ready in a store.
     pub fn is_tracking(&self) -> bool {
         self.source.tracking
     }
 
-    /// Returns what was seen that must never be: two owners, a lost page, a page that is stale or
-    /// was read as zeros.
+    /// Returns the violations that the simulation has found: two owners, or a page that is lost, is
+    /// stale, or was read as zeros.
     pub fn broken(&self) -> &[String] {
         &self.broken
     }
 
-    /// The source dies, and with it whatever it runs.
+    /// Kills the source host and the VM that runs there.
     pub fn kill_source(&mut self) {
         self.source.dead = true;
         self.source.runs = false;
@@ -291,7 +292,8 @@ impl Simulation {
         self.disconnect();
     }
 
-    /// A person adopts the VM at the destination.
+    /// Takes the VM over at the destination, as a person's command does. Returns whether the
+    /// destination accepts the command.
     pub fn force_take_over(&mut self) -> bool {
         match self.destination.machine.force_take_over() {
             Ok(action) => {
@@ -308,7 +310,7 @@ impl Simulation {
         }
     }
 
-    /// What must hold at any moment.
+    /// Checks the invariants that hold at any moment.
     fn check(&mut self) {
         if self.source.runs && self.destination.runs {
             self.broken.push(format!("two owners run the VM after action {}", self.actions));

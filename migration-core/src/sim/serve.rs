@@ -1,5 +1,6 @@
-//! The source after the hand-over: it answers demands, pushes the rest over the direct link and
-//! through stores, and waits for a lost link, until the destination has released it.
+//! The source after the hand-over. It streams missing pages: it answers demands, and pushes the
+//! other pages over the direct link and through stores. If the link is lost, it waits until the
+//! link is restored. It ends when the destination has released it.
 
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ use crate::{
     text::describe,
 };
 
-/// How long it takes to find a lost link again.
+/// The time that it takes to restore a lost link.
 const RECONNECTS: Duration = Duration::from_millis(100);
 
 impl Simulation {
@@ -28,7 +29,7 @@ impl Simulation {
                 return Err(error);
             }
             self.attempt.recoveries += 1;
-            // whatever goes wrong leaves it as it is
+            // an error leaves the state as it is
             while self.serves() && self.repeat_run().is_err() {}
         }
         Ok(())
@@ -60,7 +61,7 @@ impl Simulation {
                 continue;
             }
             if !self.step(self.next_free_lane()) {
-                // all was sent, and the link has not said that it was lost: that would be for ever
+                // all pages were sent and nothing is under way, so the wait would never end
                 return Err(link_error());
             }
         }
@@ -68,7 +69,7 @@ impl Simulation {
     }
 
     /// Pushes one run, if a lane is free: over the direct link first, then through a store. Returns
-    /// whether it did anything.
+    /// whether it pushed a run.
     fn push_next(&mut self, order: &mut dyn PushOrder) -> Result<bool, MigrationError> {
         let most = self.config.chunk.max(1);
         if self.network.to_destination.free_at <= self.clock {
@@ -86,27 +87,28 @@ impl Simulation {
         Ok(true)
     }
 
-    /// Returns the entry into which the next pages go, if the direct link leaves egress for any.
+    /// Returns the entry into which the next pages are put, if the direct link leaves egress for
+    /// it.
     fn store_lane(&mut self, order: &dyn PushOrder) -> Option<u8> {
         if let Some(error) = self.source.put_failure.take() {
             self.attempt.reported.push(describe(&error));
         }
         let entries = order.through().iter().filter_map(|place| self.entry_for(place));
         let open: Vec<_> = entries.filter(|entry| !self.source.failing.contains(entry)).collect();
-        // each in turn
+        // the entries take turns
         let turn = usize::try_from(self.requests).unwrap_or(0) % open.len().max(1);
         open.get(turn).copied().filter(|_| self.egress_for_stores() > 0.0)
     }
 
-    /// Returns when the next lane is free, if pages wait for one.
+    /// Returns the time at which the next lane is free, if pages wait for one.
     fn next_free_lane(&self) -> Option<Duration> {
         let lanes = [self.network.to_destination.free_at, self.network.to_stores.free_at];
         let waits = !self.source.map.unclaimed().is_empty();
         lanes.into_iter().filter(|&at| waits && at > self.clock).min()
     }
 
-    /// Returns what `order` pushes next. One that is wrong is told of, and pages go one after the
-    /// other in its place.
+    /// Returns the next run of `order`. An invalid run is reported, and replaced by the next run in
+    /// ascending order.
     fn next_push(&mut self, order: &mut dyn PushOrder, most: u64) -> Option<PageRange> {
         let unsent = self.source.map.unclaimed();
         match checked_next(order, unsent, most) {
@@ -121,8 +123,8 @@ impl Simulation {
         }
     }
 
-    /// The destination's guest waits for a page. The source answers for every page that it holds,
-    /// also for one that is on its way into a store, or in one.
+    /// Answers a demand of the destination, whose guest waits for a page. The source answers for
+    /// every page that it holds, also for one that is being put into a store or is in one.
     pub(super) fn demanded(&mut self, page: u64) -> Result<(), MigrationError> {
         for range in self.source.map.claim_block(page, 1) {
             self.send_pages(range, true)?;
@@ -131,8 +133,8 @@ impl Simulation {
         Ok(())
     }
 
-    /// Makes a new connection, and has the destination say whether it runs the VM and what it
-    /// lacks.
+    /// Makes a new connection. The destination answers whether it runs the VM, and which pages are
+    /// missing.
     pub(super) fn repeat_run(&mut self) -> Result<(), MigrationError> {
         self.pass(RECONNECTS);
         if self.source.dead {

@@ -1,5 +1,5 @@
-//! The source's side of a session: what is due before a strategy begins, the offer in the pause,
-//! and what is given back when an attempt fails.
+//! The source's side of a session: the preparation before a strategy begins, the offer in the
+//! pause, and the roll-back when an attempt fails.
 
 use std::collections::BTreeSet;
 
@@ -23,7 +23,7 @@ use crate::{
 };
 
 impl Simulation {
-    /// Does what is due before a strategy begins.
+    /// Prepares the attempt before the strategy begins.
     pub(super) fn prepare(&mut self, strategy: &dyn Strategy) -> Result<(), MigrationError> {
         let name = strategy.name();
         if strategy.needs_store() {
@@ -45,7 +45,7 @@ impl Simulation {
         if strategy.connects_itself() { Ok(()) } else { self.open_session() }
     }
 
-    /// Connects, has the VM built, and sends the store table and all locations.
+    /// Connects, makes the destination build the VM, and sends the store table and all locations.
     pub(super) fn open_session(&mut self) -> Result<(), MigrationError> {
         self.network.connected = true;
         let region = RamRegion { gpa: 0, len: bytes_of(self.config.pages) };
@@ -58,7 +58,7 @@ impl Simulation {
         self.wait_for(|sim| sim.source.machine.phase() == SourcePhase::Copying)?;
         for place in self.attempt_places.clone() {
             if matches!(place, Place::Stores { purpose: Purpose::Attempt, .. }) && self.entry_for(&place).is_none() {
-                // without this store pages go the other ways
+                // if this store does not work, pages move by the other routes
                 if let Err(error) = self.create_entry(&place)? {
                     self.report(&error);
                 }
@@ -74,8 +74,8 @@ impl Simulation {
         self.wait_for(|sim| sim.source.locations_taken)
     }
 
-    /// Sends entries of the store table, and waits until the destination has acknowledged them:
-    /// none is used before.
+    /// Sends entries of the store table, and waits until the destination has acknowledged them. No
+    /// entry is used before.
     pub(super) fn send_table(&mut self, entries: Vec<u8>) -> Result<(), MigrationError> {
         self.source.table_taken = false;
         self.send_message(Message::Table(entries.clone()))?;
@@ -84,7 +84,7 @@ impl Simulation {
         Ok(())
     }
 
-    /// Returns the entries to which pages refer, or into which pages may be put.
+    /// Returns the entries to which pages refer, or into which pages can be put.
     fn open_entries(&self) -> Vec<u8> {
         let mut entries = BTreeSet::new();
         if self.source.keeps {
@@ -95,11 +95,11 @@ impl Simulation {
         entries.into_iter().collect()
     }
 
-    /// Sends the locations that the destination does not know in their last state, but for those of
+    /// Sends the locations that the destination does not know in their last state, except those of
     /// `others`.
     pub(super) fn announce(&mut self, others: &PageSet) -> Result<(), MigrationError> {
         if !self.source.keeps {
-            // what is in stores was read and sent
+            // pages in stores were read and sent
             return Ok(());
         }
         let mut pages = self.source.map.unannounced().clone();
@@ -112,11 +112,11 @@ impl Simulation {
         Ok(())
     }
 
-    /// What was done to the guest is undone: it stays here.
+    /// Undoes the effects of the attempt on the guest, which stays at the source.
     pub(super) fn roll_back(&mut self) {
         self.source.throttle = 0;
         self.source.puts.clear();
-        // a guest that waits for a page asks again
+        // a guest that waits for a page requests it again
         self.gets.clear();
         self.forget(|entry| entry.is_for(Purpose::Attempt));
         for number in self.source.map.entries() {
@@ -125,7 +125,7 @@ impl Simulation {
             }
         }
         self.source.map.taken_back();
-        // a copy that is kept ready stays current only while writes are seen
+        // a copy that is kept ready stays current only while writes are tracked
         let mut staged = self.source.map.with_copies().clone();
         staged.subtract(self.source.map.in_store());
         self.source.tracking &= !staged.is_empty();
@@ -140,16 +140,17 @@ impl Simulation {
         self.check();
     }
 
-    /// The encoded state.
+    /// Returns the encoded state.
     fn state(&self) -> Bytes {
         let data = Bytes::from(vec![0; self.config.state_bytes]);
         Bytes::from(VmState { sections: vec![Section { name: "vm".into(), instance: 0, version: 1, data }] }.encode())
     }
 
-    /// Offers the VM, with `pages` and what saving the state dirtied sent along, or left behind.
+    /// Offers the VM. `pages`, and the pages that saving the state dirtied, are sent, or left
+    /// missing if `leave` is set.
     pub(super) fn offer(&mut self, mut pages: PageSet, leave: bool) -> Result<(), MigrationError> {
         self.pass(self.config.save_time);
-        // saving the state dirties a page, as kvmclock and steal time do
+        // saving the state dirties a page, as writes of kvmclock and steal time do
         self.write_at_source(self.config.pages - 1);
         pages.subtract(self.source.map.in_store());
         self.source.map.sending(&pages)?;
@@ -172,8 +173,8 @@ impl Simulation {
         self.wait_for(|sim| sim.source.machine.phase() == SourcePhase::Ready)
     }
 
-    /// In the pause: what the destination lacks is sent, or named. Then the locations go, as far as
-    /// they have changed.
+    /// Sends the unsent pages in the pause, or names them as missing. Then sends the locations that
+    /// have changed.
     fn leave_or_send(&mut self, rest: &PageSet, leave: bool) -> Result<(), MigrationError> {
         if !leave {
             self.source.machine.begin_round()?;

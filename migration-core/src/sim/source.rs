@@ -1,4 +1,4 @@
-//! The source's host, and the verbs.
+//! The source host, and its verbs.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,30 +21,30 @@ use crate::{
     wire::add_missing,
 };
 
-/// From a harvest until the look at which pages are free.
+/// The time from a harvest until the list of free pages is read.
 const LOOK: Duration = Duration::from_micros(50);
-/// How often the number of written pages is looked at during a wait for it.
+/// The interval at which the number of written pages is checked during a wait for it.
 const DIRTY_LOOK: Duration = Duration::from_millis(1);
-/// The longest wait for a number of written pages. A guest that does not write them in this time
-/// never does.
+/// The longest wait for a number of written pages. A guest that has not written them in this time
+/// never will.
 const LONGEST_WAIT: Duration = Duration::from_secs(600);
 
-/// The source.
+/// The source host.
 pub(super) struct SourceHost {
     pub(super) machine: SourceMachine,
     pub(super) map: PageMap,
     /// The version of each page in RAM.
     pub(super) ram: Vec<u64>,
-    /// Pages written since the last harvest.
+    /// The pages written since the last harvest.
     pub(super) dirty: PageSet,
     pub(super) tracking: bool,
     pub(super) runs: bool,
     pub(super) dead: bool,
     pub(super) throttle: u8,
-    /// How much the guest has used each page, as push orders are told.
+    /// The heat of each page, as push orders get it.
     pub(super) heat: Vec<u8>,
     pub(super) paused_at: Option<Duration>,
-    /// Why the session fails, if it does.
+    /// The reason why the session fails, if it does.
     pub(super) failure: Option<MigrationError>,
     /// The last round that the destination has acknowledged.
     received: u32,
@@ -55,21 +55,22 @@ pub(super) struct SourceHost {
     /// The list of missing pages that the destination is sending, and whether it is complete.
     pub(super) listed: PageSet,
     pub(super) resumed: bool,
-    /// Pages that were demanded since the push order was told last.
+    /// The pages that were demanded since the push order was last informed.
     pub(super) demanded: Vec<u64>,
     pub(super) vacated: bool,
     pub(super) puts: BTreeMap<u64, PutUnderWay>,
-    /// Pages that stores have acknowledged since it was cleared, and the first failure.
+    /// The pages that stores have acknowledged since this set was cleared, and the first failure.
     pub(super) put: PageSet,
     pub(super) put_failure: Option<MigrationError>,
-    /// Entries into which nothing is put any more in this attempt.
+    /// The entries into which nothing more is put in this attempt.
     pub(super) failing: BTreeSet<u8>,
-    /// Pages that were read from stores to be sent, and how many are being read.
+    /// The pages that were read from stores to be sent, and the number of pages that are being
+    /// read.
     pub(super) buffer: BTreeMap<u64, u64>,
     pub(super) reading: u64,
-    /// Whether the strategy leaves pages in stores there.
+    /// Whether the strategy leaves stored pages in their stores.
     pub(super) keeps: bool,
-    /// Bytes a second that the last rounds have had.
+    /// The bandwidth of the last round in bytes a second.
     bytes_per_second: f64,
 }
 
@@ -107,7 +108,7 @@ impl SourceHost {
         }
     }
 
-    /// Begins a session: nothing of an earlier one counts.
+    /// Begins a session. Nothing of an earlier one counts.
     pub(super) fn begin_session(&mut self, epoch: u32) {
         self.machine = SourceMachine::new(epoch);
         self.map.nothing_announced();
@@ -122,7 +123,7 @@ impl SourceHost {
     }
 }
 
-/// What the destination says.
+/// Messages of the destination.
 impl Simulation {
     pub(super) fn source_takes(&mut self, message: Message) -> Result<(), MigrationError> {
         let frame = match message {
@@ -169,7 +170,7 @@ impl Simulation {
         Ok(())
     }
 
-    /// Entries have lost pages, as the destination has found.
+    /// Records that the destination has found entries to have lost pages.
     fn lost_at_source(&mut self, lost: &[u8]) {
         for &entry in lost {
             self.source.map.entry_lost(entry);
@@ -181,8 +182,8 @@ impl Simulation {
 
 /// Rounds and puts.
 impl Simulation {
-    /// Sends `pages`, until all are sent or `enough` says so before the next chunk. Returns those
-    /// that were sent.
+    /// Sends `pages` until all are sent, or until `enough` returns `true` before the next chunk.
+    /// Returns the pages that were sent.
     pub(super) fn transfer(
         &mut self,
         pages: &PageSet,
@@ -206,7 +207,7 @@ impl Simulation {
         Ok(sent)
     }
 
-    /// Sends pages as they are now. The guest goes on while they travel.
+    /// Sends pages in their present state. The guest continues while they are on their way.
     pub(super) fn send_pages(&mut self, range: PageRange, urgently: bool) -> Result<(), MigrationError> {
         let stored = self.source.map.in_store();
         let version = |page: u64| match self.source.buffer.get(&page) {
@@ -218,7 +219,7 @@ impl Simulation {
         if urgently { self.send_urgently(message) } else { self.send_message(message) }
     }
 
-    /// Sends one round. Returns what it was and the pages that the destination has acknowledged.
+    /// Sends one round. Returns its result, and the pages that the destination has acknowledged.
     fn round(&mut self, pages: &PageSet, enough: impl Fn(&Self) -> bool) -> Result<(Round, PageSet), MigrationError> {
         let (began, generation) = (self.clock, self.source.machine.begin_round()?);
         self.source.map.sending(pages)?;
@@ -235,8 +236,8 @@ impl Simulation {
         Ok((Round { generation, asked: pages.len(), sent: pages_sent, wire_bytes, time }, sent))
     }
 
-    /// Puts at most `most` of `pages` into the stores of an entry. Those that all of them have
-    /// acknowledged leave the set.
+    /// Puts at most `most` of `pages` into the stores of an entry. Removes those that all stores
+    /// have acknowledged from the set.
     pub(super) fn put_into(&mut self, number: u8, pages: &mut PageSet, most: u64) -> Result<Put, MigrationError> {
         let began = self.clock;
         let mut round = Round { asked: pages.len().min(most), ..Round::default() };
@@ -266,7 +267,8 @@ impl Simulation {
         self.command_due().is_some() || self.timed_out()
     }
 
-    /// Waits for answers of stores. The link may be there or not, but is not lost meanwhile.
+    /// Waits for answers of stores. If the link is up when the wait begins, it must not be lost
+    /// during the wait.
     fn wait_for_stores(&mut self, done: impl Fn(&Self) -> bool) -> Result<(), MigrationError> {
         let connected = self.network.connected;
         while !done(self) {
@@ -281,7 +283,7 @@ impl Simulation {
         Ok(())
     }
 
-    /// Returns the position of a command that has come.
+    /// Returns the position of a command that is due.
     fn command_due(&self) -> Option<usize> {
         self.commands.iter().position(|(at, _)| *at <= self.clock)
     }
@@ -442,7 +444,8 @@ impl Verbs for Simulation {
     }
 
     fn pause(&mut self) -> Result<(), MigrationError> {
-        // the pause waits for no store: what is in one is sent before, or the pause does not begin
+        // the pause waits for no store: pages in stores are read and sent first, or the pause does
+        // not begin
         let stored = stored_of(self.source.map.unsent(), self.source.map.in_store());
         if !stored.is_empty() {
             self.round(&stored, |_| false)?;
@@ -485,13 +488,13 @@ impl Verbs for Simulation {
 }
 
 impl Simulation {
-    /// Leaves out the pages that are free, as the engine does.
+    /// Skips the pages that are free, as the engine does.
     fn skip_free(&mut self) {
         if self.config.freeing.is_empty() {
             return;
         }
-        // the guest goes on between tracker and look, so that the wrong order of the two would be
-        // seen
+        // the guest continues between the harvest and the reading of the free pages, so that the
+        // wrong order of the two would be found
         self.pass(LOOK);
         let before = self.source.map.unsent().len();
         self.source.map.free_for_now(&self.guest.free);

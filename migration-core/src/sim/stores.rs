@@ -24,14 +24,15 @@ use crate::{
 
 /// The VM of every simulation.
 pub(super) const VM: VmId = VmId([1; 16]);
-/// Who answers for a namespace.
+/// The owners of namespaces.
 const SOURCE: Owner = owner("the source");
 const DESTINATION: Owner = owner("the destination");
 /// The lease of every namespace.
 const LEASE: Duration = Duration::from_secs(24 * 3600);
-/// Bytes that a page of the simulation, which is a version number, takes in a store.
+/// The number of bytes that a page of the simulation takes in a store. Such a page is a version
+/// number.
 const STORED_BYTES: u64 = 8 + 32 + 64;
-/// The simulation has a clock of its own: no get ever takes so long in real time.
+/// A deadline that no get exceeds in real time. The simulation has its own clock.
 const NEVER_LATE: Duration = Duration::from_secs(3600);
 
 const fn owner(name: &str) -> Owner {
@@ -74,7 +75,7 @@ impl SimStore {
         }
     }
 
-    /// Returns the store, if it answers.
+    /// Returns the store, or an error if it does not answer.
     fn reach(&self) -> Result<&MemoryPageStore, StoreError> {
         if self.fails {
             return Err(StoreError::io("reaching it")(io::ErrorKind::ConnectionReset.into()));
@@ -94,7 +95,8 @@ pub(super) struct Entry {
     incarnations: Vec<Incarnation>,
     /// The number of the last put.
     generation: u32,
-    /// Nothing is put there any more: a store has lost pages or has failed in this attempt.
+    /// Whether nothing more is put into the entry: a store has lost pages, or has failed in this
+    /// attempt.
     pub(super) closed: bool,
     forgotten: bool,
 }
@@ -115,19 +117,20 @@ impl Entry {
 
 /// A request that is on its way to a store.
 pub(super) enum Request {
-    /// Stores pages. The number is that of the put, the other one that of the store in the entry.
+    /// Stores pages. `put` is the number of the put, and `replica` the index of the store in the
+    /// entry.
     Put { put: u64, replica: usize },
     /// Reads pages.
     Get { get: u64, side: Side },
-    /// Asks for the incarnation.
+    /// Queries the incarnation.
     Renew { entry: u8, replica: usize, check: u64 },
 }
 
-/// Who reads from a store.
+/// The reader of a request to a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Side {
     Source,
-    /// The source, which sends what it reads.
+    /// The source, which sends the pages that it reads.
     Buffer,
     Destination,
 }
@@ -161,18 +164,18 @@ pub(super) struct GetUnderWay {
 impl Simulation {
     // ---- entries -------------------------------------------------------------------------------
 
-    /// Returns the open entry for these stores.
+    /// Returns the open entry for a place in stores.
     pub(super) fn entry_for(&self, place: &Place) -> Option<u8> {
         let Place::Stores { names, purpose } = place else { return None };
         let found = self.entries.iter().position(|entry| entry.is(names, *purpose) && !entry.closed);
         found.and_then(|number| u8::try_from(number).ok())
     }
 
-    /// Creates a namespace in these stores, and an entry for it.
+    /// Creates a namespace in the stores of a place, and an entry for it.
     ///
     /// # Errors
-    /// The inner error says which store has failed. The outer one is final: there is no such store,
-    /// or the table is full.
+    /// The inner error says which store has failed. The outer error is final: there is no such
+    /// store, or the table is full.
     pub(super) fn create_entry(&mut self, place: &Place) -> Result<Result<u8, MigrationError>, MigrationError> {
         let stores = self.stores_of(place)?;
         let Place::Stores { names, purpose } = place else {
@@ -216,18 +219,20 @@ impl Simulation {
         names.iter().map(|name| position(name).ok_or_else(|| unknown(name))).collect()
     }
 
-    /// Forgets the namespaces of these entries, in the stores that answer.
+    /// Forgets the namespaces of the entries for which `of` returns `true`, in the stores that
+    /// answer.
     pub(super) fn forget(&mut self, of: impl Fn(&Entry) -> bool) {
         for entry in self.entries.iter_mut().filter(|entry| !entry.forgotten && of(entry)) {
             (entry.forgotten, entry.closed) = (true, true);
             for &store in &entry.stores {
-                // a store that does not answer keeps it until somebody looks at what has expired
+                // a store that does not answer keeps the namespace until a person removes what has
+                // expired
                 let _ = self.stores[store].reach().and_then(|inner| inner.forget(entry.namespace));
             }
         }
     }
 
-    /// Returns how many namespaces are left in all stores.
+    /// Returns the number of namespaces that are left in all stores.
     pub fn namespaces(&self) -> usize {
         let has = |store: usize, id| matches!(self.stores[store].inner.record(id), Ok(Some(_)));
         self.entries.iter().flat_map(|entry| entry.stores.iter().filter(|&&s| has(s, entry.namespace.id))).count()
@@ -235,7 +240,7 @@ impl Simulation {
 
     // ---- requests ------------------------------------------------------------------------------
 
-    /// Puts pages of the source into an entry's stores. They must be in its RAM.
+    /// Puts pages of the source into an entry's stores. The pages must be in RAM.
     pub(super) fn start_put(&mut self, number: u8, range: PageRange) -> Result<(), MigrationError> {
         let entry = &mut self.entries[usize::from(number)];
         entry.generation += 1;
@@ -266,7 +271,7 @@ impl Simulation {
         self.network.at(at, Event::AtStore(Request::Get { get, side }));
     }
 
-    /// The destination asks all stores of an entry whether they have lost anything.
+    /// Sends the destination's query to all stores of an entry, whether they have lost anything.
     pub(super) fn start_renew(&mut self, number: u8, check: u64) {
         for replica in 0..self.entries[usize::from(number)].store_count() {
             let store = self.entries[usize::from(number)].stores[replica];
@@ -280,7 +285,7 @@ impl Simulation {
         self.requests
     }
 
-    /// A request arrives at a store, which answers.
+    /// Lets a store answer a request that has arrived.
     pub(super) fn store_takes(&mut self, request: Request) {
         let (store, answer, at) = match request {
             Request::Put { put, replica } => {
@@ -311,7 +316,7 @@ impl Simulation {
         self.network.at(at, Event::FromStore(answer));
     }
 
-    /// Returns when so many bytes have left a store and its reader's link.
+    /// Returns the time at which `bytes` bytes have left a store and its reader's link.
     fn hand_out(&mut self, store: usize, side: Side, bytes: u64, urgent: bool) -> Duration {
         let (now, store) = (self.clock, &mut self.stores[store]);
         let rate = store.config.bytes_per_second;
@@ -328,7 +333,7 @@ impl Simulation {
         out.max(taken)
     }
 
-    /// A store's answer arrives.
+    /// Takes a store's answer.
     pub(super) fn take_answer(&mut self, answer: Answer) {
         match answer {
             Answer::Put { put, replica, result } => self.put_answered(put, replica, result),
@@ -344,8 +349,8 @@ impl Simulation {
         }
     }
 
-    /// One store has answered a put. When all have, the pages count as put, or can be claimed
-    /// again.
+    /// Takes one store's answer to a put. When all stores have answered, the pages count as put, or
+    /// can be claimed again.
     fn put_answered(&mut self, put: u64, replica: usize, result: Result<Incarnation, StoreError>) {
         let Some(under_way) = self.source.puts.get_mut(&put) else { return };
         let entry = &self.entries[usize::from(under_way.copy.entry)];
@@ -363,7 +368,7 @@ impl Simulation {
         }
         let Some(PutUnderWay { range, copy, failed, lost, .. }) = self.source.puts.remove(&put) else { return };
         if lost {
-            // the pages that were put before count no more either
+            // the pages that were put there before do not count any more either
             self.source.map.entry_lost(copy.entry);
         }
         if failed.is_none() && !lost {
@@ -375,7 +380,7 @@ impl Simulation {
             self.source.map.put_failed(range, copy);
             self.attempt.failed_puts += 1;
             if !self.source.machine.owns() {
-                // the pages go over the direct link, or through another store
+                // the pages move over the direct link, or through another store
                 self.source.failing.insert(copy.entry);
             }
             let entry = self.entry(copy.entry);
@@ -393,7 +398,7 @@ impl Simulation {
         self.entry(number).forgotten
     }
 
-    /// Returns the error of an entry whose stores lack pages.
+    /// Returns the error of an entry whose stores do not have pages.
     pub(super) fn lacking(&self, number: u8, count: u64, first: u64) -> MigrationError {
         let entry = self.entry(number);
         let missing = StoreError::Missing { namespace: entry.namespace.id, count, first };
@@ -404,7 +409,8 @@ impl Simulation {
         &self.entries[usize::from(number)]
     }
 
-    /// Asks the next store of the entry for what this one lacks. Returns whether there is one.
+    /// Requests the pages in `lacking` from the next store of the entry. Returns whether there is
+    /// one.
     pub(super) fn ask_next_store(&mut self, side: Side, asked: &GetUnderWay, lacking: &[PageRange]) -> bool {
         let replica = asked.replica + 1;
         if replica >= self.entry(asked.copy.entry).store_count() {
@@ -417,7 +423,7 @@ impl Simulation {
     }
 }
 
-/// Returns the runs of pages of `range` that are not among those found.
+/// Returns the runs of pages of `range` that are not in `found`.
 pub(super) fn not_found(range: PageRange, found: &[(u64, u64)]) -> Vec<PageRange> {
     let found: BTreeSet<u64> = found.iter().map(|&(page, _)| page).collect();
     PageRange::runs_of(range.pages().filter(|page| !found.contains(page)))
@@ -431,13 +437,13 @@ fn put_versions(store: &SimStore, namespace: VmNamespace, put: &PutUnderWay) -> 
     Ok(store.reach()?.put(namespace, put.copy.generation, &pages)?.incarnation)
 }
 
-/// Returns the versions of those pages that the store has in the wanted generation.
+/// Returns the versions of the pages that the store has in the requested generation.
 fn get_versions(store: &SimStore, namespace: VmNamespace, get: &GetUnderWay) -> Vec<(u64, u64)> {
     let wanted: Vec<_> = get.range.pages().map(|page| PageToGet { page, generation: get.copy.generation }).collect();
     let urgency = if get.urgent { Urgency::Fault } else { Urgency::Prefetch };
     let mut found = Vec::new();
     if let Ok(inner) = store.reach() {
-        // what was handed out before an error is good
+        // pages that the store returned before an error are valid
         let _ = inner.get(namespace, &wanted, urgency, Instant::now() + NEVER_LATE, &mut |page, data| {
             if let Ok(value) = data.bytes().try_into() {
                 found.push((page, u64::from_le_bytes(value)));
