@@ -12,108 +12,109 @@ use crate::{
     wire::{Control, ErrorCode, Hello, Located, TablePart},
 };
 
-/// Where the destination stands.
+/// The phase of the destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DestinationPhase {
-    /// No VM.
+    /// There is no VM.
     Empty,
-    /// The VM is being built, or its lanes are awaited.
+    /// The VM is being built, or its lanes are not open yet.
     Preparing,
     /// Pages and state arrive.
     Receiving,
-    /// The source offered the VM; the last pages and the state are being loaded.
+    /// The source has offered the VM. The last pages and the state are being loaded.
     Loading,
-    /// All is loaded. The VM stays paused, without time limit, until the source decides.
+    /// Everything is loaded. The VM stays paused, without a time limit, until the source decides.
     Ready,
-    /// The VM is owned here.
+    /// The destination owns the VM.
     Running,
 }
 
-/// What to do about a frame from the source.
+/// The action that follows from a frame of the source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DestinationAction {
-    /// Discard the VM that is held, if there is one, then build this one; report with
-    /// [`DestinationMachine::prepared`].
+    /// Discard the present VM, if there is one, then build this one. Report the end of building
+    /// with [`DestinationMachine::prepared`].
     Build {
         /// Whether a VM of an earlier, void epoch has to be discarded first.
         discard: bool,
         /// The new VM.
         hello: Box<Hello>,
     },
-    /// Give the piece to its device.
+    /// Pass the piece to its device.
     LoadPiece(Section),
-    /// Note that these pages will be missing when the VM runs.
+    /// Record that these pages will be missing when the VM runs.
     Missing {
-        /// The first page that the bitmap is about.
+        /// The first page of the bitmap.
         first: u64,
-        /// One bit a page.
+        /// One bit for each page.
         bitmap: Bytes,
     },
-    /// Wait until rounds up to this generation are in RAM, then, if pages will be missing, arm the
-    /// pager, load the collected state, and report with [`DestinationMachine::loaded`].
+    /// Wait until the rounds up to this generation are in RAM. Then arm the pager if pages will be
+    /// missing, and load the collected state. Report the end of loading with
+    /// [`DestinationMachine::loaded`].
     Load {
-        /// Generation of the last round.
+        /// The generation of the last round.
         generation: u32,
         /// The encoded state.
         state: Vec<u8>,
-        /// In post-copy: how many pages are missing, and how many demand lanes there are.
+        /// In post-copy: the number of missing pages, and the number of demand lanes.
         post_copy: Option<(u64, u16)>,
     },
-    /// Own and start the VM; answer with *running*, and on a lane that was reattached with what is
-    /// missing.
+    /// Own and start the VM. Answer with *running*, and on a reattached lane with the list of
+    /// missing pages.
     Start {
-        /// Whether its vCPUs shall run.
+        /// Whether its vCPUs are to run.
         running: bool,
     },
-    /// The VM was started before: only answer, again.
+    /// The VM was started before. Only repeat the answer.
     AnswerRunning,
     /// Discard the VM.
     Discard(String),
-    /// The session is over, its source knows that the VM runs.
+    /// The session is over, and its source knows that the VM runs.
     Finish,
-    /// Note these entries of the store table, and answer that they are here.
+    /// Record these entries of the store table, and acknowledge them.
     StoreTable(TablePart),
-    /// Note that these pages are in a store.
+    /// Record that these pages are in a store.
     Located(Located),
-    /// When all bulk lanes were read up to the mark with this number: answer *released*, or with
-    /// the list of missing pages.
+    /// When all bulk lanes were read up to the mark with this number, answer with *released* or
+    /// with the list of missing pages.
     Vacated(u32),
-    /// Note that the source has found an entry of the store table to have lost pages.
+    /// Record that, as the source has found, an entry of the store table has lost pages.
     EntryLost(u8),
-    /// Nothing.
+    /// Do nothing.
     None,
     /// Answer with *pong*.
     Pong,
 }
 
-/// What to do after the link was lost.
+/// The action after the loss of the link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnDestinationLoss {
     /// Discard the VM: the source owns it.
     Discard,
-    /// Hold the VM, paused: its owner is not known here.
+    /// Keep the VM paused: the destination does not know who owns it.
     Hold,
-    /// Nothing: the VM is ours, or there is none.
+    /// Do nothing: the destination owns the VM, or there is none.
     Nothing,
 }
 
-/// The destination's half of the protocol, for one VM after another.
+/// The destination's state machine, for one VM after another.
 #[derive(Clone, Debug)]
 pub struct DestinationMachine {
     phase: DestinationPhase,
     vm: Option<VmId>,
     epoch: u32,
-    /// Whether no other VM may come.
+    /// Whether only this VM is accepted.
     awaits: bool,
     /// Whether a control lane is attached.
     attached: bool,
     state: Vec<u8>,
     run_vcpus: bool,
     post_copy: Option<(u64, u16)>,
-    /// Whether pages were listed that will be missing, and more of the list is to come.
+    /// Whether a part of the list of missing pages has arrived, and its end has not.
     listing: bool,
-    /// Whether no page is missing, or those that were have arrived, or the source is not needed for
-    /// them.
+    /// Whether no page is missing, or all missing pages have arrived, or the source is not needed
+    /// for them.
     complete: bool,
     /// Whether pages may be in stores.
     stores: bool,
@@ -145,29 +146,29 @@ impl DestinationMachine {
         }
     }
 
-    /// Records that pages of the VM that is being built may be in stores: its source has agreed to
-    /// it.
+    /// Records that pages of the VM that is being built may be in stores. Its source has agreed to
+    /// this.
     pub fn allow_stores(&mut self) {
         self.stores = true;
     }
 
-    /// Returns a machine that takes back this VM, which left here under this epoch, and no other.
+    /// Returns a machine that accepts only the VM `vm`, which has left this host under `epoch`.
     pub fn awaiting(vm: VmId, epoch: u32) -> Self {
         Self { awaits: true, ..Self::after(vm, epoch) }
     }
 
-    /// Returns a machine for this VM, which was here under this epoch and is not any more: a higher
-    /// one has to come.
+    /// Returns a machine for the VM `vm`, which was on this host under `epoch` and is not any more.
+    /// The next attempt for it must have a higher epoch.
     pub fn after(vm: VmId, epoch: u32) -> Self {
         Self { vm: Some(vm), epoch, ..Self::new() }
     }
 
-    /// Where it stands.
+    /// Returns the phase of the destination.
     pub fn phase(&self) -> DestinationPhase {
         self.phase
     }
 
-    /// Returns the epoch of the attempt under way, or the last one.
+    /// Returns the epoch of the attempt under way, or of the last one.
     pub fn epoch(&self) -> u32 {
         self.epoch
     }
@@ -182,19 +183,21 @@ impl DestinationMachine {
         matches!(self.phase, DestinationPhase::Receiving | DestinationPhase::Loading)
     }
 
-    /// Returns whether a new control lane may take up the session: nobody holds it, or its link is
-    /// dead without our knowledge (the source reconnects because *it* noticed).
+    /// Returns whether a new control lane may continue the session. Either no lane is attached, or
+    /// the link of the present one is dead and the destination has not noticed it: the source
+    /// reconnects because *it* noticed.
     pub fn may_reattach(&self, vm: VmId, epoch: u32) -> bool {
         self.vm == Some(vm)
             && self.epoch == epoch
             && matches!(self.phase, DestinationPhase::Ready | DestinationPhase::Running)
     }
 
-    /// A frame came from the source, whose header carried `epoch`.
+    /// Handles a frame from the source, whose header has `epoch`.
     ///
     /// # Errors
-    /// The frame has no place here: tell the source so, end the lane, and do what
-    /// [`link_lost`](DestinationMachine::link_lost) says.
+    /// Returns an error if the frame is not permitted in the present phase. The caller sends the
+    /// error to the source, ends the lane, and does what
+    /// [`link_lost`](DestinationMachine::link_lost) returns.
     pub fn handle(&mut self, epoch: u32, frame: Control) -> Result<DestinationAction, Violation> {
         use DestinationPhase::*;
         let violation = |why| Violation::new(frame.name(), epoch, self.phase, why);
@@ -222,7 +225,7 @@ impl DestinationMachine {
             }
             (Control::Offer { generation, state_bytes, running }, Receiving) => {
                 if self.listing {
-                    // a VM that lacks pages would pass for a complete one
+                    // otherwise a VM with missing pages would count as complete
                     return Err(Violation::new(
                         "offer",
                         epoch,
@@ -240,7 +243,8 @@ impl DestinationMachine {
             }
             (Control::StoreTable(part), Receiving | Running) if self.stores => Ok(DestinationAction::StoreTable(part)),
             (Control::Located(located), Receiving | Running) if self.stores => Ok(DestinationAction::Located(located)),
-            // also before *run* is repeated: a source says what it has found before it asks for the list
+            // also before *run* is repeated: a source reports lost entries before it asks for the
+            // list of missing pages
             (Control::EntryLost { entry }, Receiving | Ready | Running) if self.stores => {
                 Ok(DestinationAction::EntryLost(entry))
             }
@@ -266,8 +270,8 @@ impl DestinationMachine {
         }
     }
 
-    /// The VM is built, is expected to take `load` for loading its state, and all lanes are there:
-    /// the frame to send.
+    /// Records that the VM is built and that all lanes are open. `load` is the expected time to
+    /// load the state. Returns the frame to send.
     ///
     /// # Errors
     /// Returns an error if no VM is being prepared.
@@ -277,25 +281,29 @@ impl DestinationMachine {
         Ok(Control::Prepared { load_us })
     }
 
-    /// Pages are complete and the state is loaded: the frame to send. From here on only the
-    /// source's word, or a person's ([`force_take_over`](DestinationMachine::force_take_over)), decides on the VM.
+    /// Records that pages are complete and the state is loaded. Returns the frame to send. From
+    /// here on only the source decides on the VM, or a person
+    /// ([`force_take_over`](DestinationMachine::force_take_over)).
     pub fn loaded(&mut self) -> Result<Control, Violation> {
         self.advance(DestinationPhase::Loading, DestinationPhase::Ready, "ready")?;
         Ok(Control::Ready)
     }
 
-    /// No page is missing any more, or none for which the source is needed: it may be told.
+    /// Records that no page is missing any more, or none for which the source is needed, so that
+    /// the source may be informed.
     ///
     /// # Errors
-    /// Returns an error if the VM is not ours yet: until then the source may still change its mind.
+    /// Returns an error if the destination does not own the VM yet: until then the source may still
+    /// change its decision.
     pub fn complete(&mut self) -> Result<(), Violation> {
         self.advance(DestinationPhase::Running, DestinationPhase::Running, "complete")?;
         self.complete = true;
         Ok(())
     }
 
-    /// The guest has ended by itself, in these words. The frame to send if the VM runs here and
-    /// lacks pages: they are not needed any more, and its source may free them.
+    /// Records that the guest has ended by itself; `reason` says why. Returns the frame to send if
+    /// the VM runs here with pages missing: they are not needed any more, and the source may free
+    /// them.
     pub fn vm_ended(&mut self, reason: &str) -> Option<Control> {
         if !self.is_served() {
             return None;
@@ -304,22 +312,24 @@ impl DestinationMachine {
         Some(Control::error(ErrorCode::VmEnded, format!("the VM has ended: {reason}")))
     }
 
-    /// Returns whether no page of the VM is missing, or those that were have arrived.
+    /// Returns whether no page of the VM is missing, or the source is not needed for those that
+    /// are.
     pub fn is_complete(&self) -> bool {
         self.complete
     }
 
-    /// Returns whether the VM runs here, but lacks pages.
+    /// Returns whether the VM runs here with pages missing for which the source is needed.
     pub fn is_served(&self) -> bool {
         self.phase == DestinationPhase::Running && !self.complete
     }
 
-    /// The attempt failed here, with an error for the source: says what to do with the VM.
+    /// Records that the attempt has failed at the destination, with an error for the source.
+    /// Returns what to do with the VM.
     pub fn failed(&mut self) -> OnDestinationLoss {
         self.link_lost()
     }
 
-    /// The control lane was lost.
+    /// Handles the loss of the control lane. Returns what to do with the VM.
     pub fn link_lost(&mut self) -> OnDestinationLoss {
         use DestinationPhase::*;
         self.attached = false;
@@ -333,13 +343,15 @@ impl DestinationMachine {
         }
     }
 
-    /// A person states that the source is dead and will never run the VM again. The destination
-    /// becomes its owner, under a new epoch, so that a source that does come back is refused.
+    /// Records a person's statement that the source is dead and will never run the VM again. The
+    /// destination becomes the owner, under a new epoch, so that a source that comes back is
+    /// refused.
     ///
     /// # Errors
-    /// Returns an error if no VM is held, or its source is still attached.
+    /// Returns an error if no VM is held, if its source is still attached, or if pages are only at
+    /// the source.
     pub fn force_take_over(&mut self) -> Result<DestinationAction, Violation> {
-        // nothing was left behind but what is in stores
+        // the only missing pages are in stores
         let without_source = self.complete || self.stores && matches!(self.post_copy, Some((0, _)));
         let why = match (self.phase, self.attached) {
             (DestinationPhase::Ready, false) if !without_source => "pages of this VM are only at its source",
@@ -354,8 +366,10 @@ impl DestinationMachine {
         Err(Violation::new("adopt", self.epoch, self.phase, why))
     }
 
-    /// The source is dead for certain, and what it has left behind is in a store that we have: the
-    /// VM is ours, as by [`force_take_over`](Self::force_take_over). A VM that is ours already stays so.
+    /// Records that the source is dead for certain, and that the pages which were missing are in a
+    /// store of this host. The destination owns the VM from then on, as after
+    /// [`force_take_over`](Self::force_take_over). Changes nothing if the destination owns the VM
+    /// already.
     ///
     /// # Errors
     /// Returns an error if no VM is held that has its state.
@@ -377,8 +391,8 @@ impl DestinationMachine {
         if self.awaits && self.vm != Some(hello.vm.id) {
             return Err(violation(ErrorCode::Busy, "the return of another VM is awaited here"));
         }
-        // a source that begins anew has given its last attempt up, though we may not have noticed
-        // that its link is dead
+        // a source that begins a new attempt has given up the last one, though the destination may
+        // not have noticed that the link is dead
         let supersedes = self.vm == Some(hello.vm.id) && epoch > self.epoch;
         let discard = match self.phase {
             Running => return Err(violation(ErrorCode::Busy, "the destination runs a VM already")),
@@ -390,7 +404,7 @@ impl DestinationMachine {
             Ready => true,
             Empty => false,
         };
-        // an epoch is void once a higher one was seen, for the same VM
+        // an epoch is void once a higher one was seen for the same VM
         if self.vm == Some(hello.vm.id) && epoch <= self.epoch {
             return Err(violation(ErrorCode::StaleEpoch, "the epoch is not above the last one"));
         }
@@ -420,7 +434,7 @@ impl DestinationMachine {
         Ok(())
     }
 
-    /// Forgets the VM, but not the last epoch.
+    /// Removes the VM, but keeps the last epoch.
     fn clear(&mut self) {
         self.phase = DestinationPhase::Empty;
         self.state = Vec::new();
@@ -447,7 +461,7 @@ mod tests {
         machine
     }
 
-    /// Else a VM that lacks pages would pass for a complete one, which a person may adopt.
+    /// Otherwise a VM with missing pages would count as complete, and a person could take it over.
     #[test]
     fn an_offer_before_the_end_of_the_list_of_missing_pages_is_refused() {
         let missing = Control::Missing { first: 0, bitmap: Bytes::from_static(&[1; 8]) };
@@ -462,7 +476,7 @@ mod tests {
             let loads = matches!(machine.handle(1, offer.clone()), Ok(DestinationAction::Load { .. }));
             assert_eq!(loads, with_end);
         }
-        // the next attempt begins anew
+        // the next attempt begins without a list
         let mut machine = receiving();
         machine.handle(1, missing).unwrap();
         assert_eq!(machine.link_lost(), OnDestinationLoss::Discard);
@@ -489,8 +503,8 @@ mod tests {
         Control::Hello(Box::new(Hello { features: 0, streams: 1, strategy: "any".into(), vm }))
     }
 
-    /// Every frame in every phase: what is taken, and where that leads. All else is refused, and
-    /// changes nothing.
+    /// Tests every frame in every phase: which frames are accepted, and which phase follows. All
+    /// others are refused, and change nothing.
     #[test]
     fn a_frame_is_taken_only_in_its_phases_and_of_its_epoch() {
         use DestinationPhase::*;
@@ -560,7 +574,7 @@ mod tests {
         assert!(whole.handle(5, Control::Vacated { number: 1 }).is_err(), "nothing was left behind");
     }
 
-    /// Rule 19: a person's word is enough for a VM of which nothing is only at its source.
+    /// Rule 19: a person's statement is enough for a VM of which no page is only at its source.
     #[test]
     fn a_vm_whose_pages_are_in_stores_is_adopted() {
         for (stores, missing, adopted) in [(true, 0, true), (true, 1, false), (false, 0, false)] {
@@ -604,7 +618,7 @@ mod tests {
         assert_eq!(says(awaiting(), 2, 9), Err(ErrorCode::Busy));
         assert_eq!(says(awaiting(), 1, 5), Err(ErrorCode::StaleEpoch));
         assert_eq!(says(awaiting(), 1, 6), Ok(false));
-        // also after an attempt that has failed
+        // this is also so after an attempt that has failed
         let mut machine = awaiting();
         machine.handle(6, hello(1)).unwrap();
         assert_eq!(machine.link_lost(), OnDestinationLoss::Discard);
@@ -630,7 +644,7 @@ mod tests {
             assert!(![(vm, 4), (vm, 6), (another, 5)].iter().any(|&(vm, epoch)| at(phase).may_reattach(vm, epoch)));
             assert_eq!(at(phase).accepts_pages(), matches!(phase, Receiving | Loading), "{phase:?}");
 
-            // a person adopts what is whole, and has no source
+            // a person takes over a VM that is complete and has no source attached
             for (attached, complete) in [(false, false), (false, true), (true, false), (true, true)] {
                 let mut machine = DestinationMachine { attached, complete, run_vcpus: false, ..at(phase) };
                 let adopts = phase == Ready && !attached && complete;
@@ -660,7 +674,7 @@ mod tests {
                 (machine.phase(), machine.epoch() - 5),
                 (if held { Running } else { phase }, (phase == Ready).into())
             );
-            // held or run, a VM outlives its link
+            // a VM that is held or run outlives its link
             let mut machine = at(phase);
             let expected = match phase {
                 Empty | Running => OnDestinationLoss::Nothing,

@@ -1,7 +1,8 @@
-//! Who owns the VM, and which frame may come when: two machines without I/O, clock or thread.
+//! The protocol: who owns the VM, and which frames are permitted when. Two state machines without
+//! I/O, clock or thread.
 //!
-//! The engine and the simulator feed them frames, commands and link losses, and do what they
-//! answer. The table of ownership that they implement is in DESIGN.md; in short:
+//! The engine and the simulator pass frames, commands and link losses to the machines, and do what
+//! the machines answer. The table of ownership that they implement is in DESIGN.md. In short:
 //!
 //! | when the link goes | source | destination |
 //! |---|---|---|
@@ -22,24 +23,25 @@ pub use source::{OnSourceLoss, SourceEvent, SourceMachine, SourcePhase};
 
 use crate::wire::ErrorCode;
 
-/// The peer sent a frame that has no place here, or we were about to.
+/// The error of a frame that is not permitted in the present phase. Either the peer has sent the
+/// frame, or this side was about to send it.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error("{frame} (epoch {epoch}) has no place in phase {phase}: {why}")]
 pub struct Violation {
-    /// Name of the frame or command.
+    /// The name of the frame or command.
     pub frame: &'static str,
-    /// The epoch it carried.
+    /// The epoch of the frame.
     pub epoch: u32,
     /// The phase of the machine.
     pub phase: String,
-    /// What is wrong with it.
+    /// What is wrong with the frame.
     pub why: &'static str,
-    /// The code under which the peer is told.
+    /// The error code to send to the peer.
     pub code: ErrorCode,
 }
 
 impl Violation {
-    /// Returns a frame or command that a machine in `phase` cannot take.
+    /// Returns the violation that `frame`, a frame or a command, is not permitted in `phase`.
     pub(crate) fn new(frame: &'static str, epoch: u32, phase: impl fmt::Debug, why: &'static str) -> Self {
         Self { frame, epoch, phase: format!("{phase:?}"), why, code: ErrorCode::Protocol }
     }

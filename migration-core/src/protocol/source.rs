@@ -8,108 +8,110 @@ use crate::{
     wire::{Control, ErrorCode, FaultSummary, Welcome},
 };
 
-/// Where the source stands.
+/// The phase of an attempt at the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SourcePhase {
     /// The hello was sent.
     Greeting,
     /// The destination has built the VM; lanes are being opened.
     Welcomed,
-    /// Pages and state move.
+    /// Pages and state are sent.
     Copying,
     /// Everything was sent; the destination loads it.
     Offered,
-    /// The destination is ready to run the VM. The last phase in which the VM is ours.
+    /// The destination is ready to run the VM. This is the last phase in which the source owns the
+    /// VM.
     Ready,
-    /// *run* was sent, or is about to be: the VM may run at the destination. It never runs here
-    /// again.
+    /// *run* was sent, or is about to be sent, so the VM may run at the destination. It never runs
+    /// at the source again.
     InDoubt,
-    /// The destination runs the VM, but lacks pages, which are here.
+    /// The destination runs the VM, but misses pages that the source has.
     Serving,
-    /// The destination runs the VM, and has all of it; or it ran the VM, which has ended.
+    /// The destination runs the VM and has all its pages; or it ran the VM, which has ended.
     Completed,
-    /// The attempt has ended and the VM is ours.
+    /// The attempt has ended, and the source owns the VM.
     Ended,
 }
 
-/// What a frame from the destination means.
+/// The meaning of a frame from the destination.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SourceEvent {
     /// Open the lanes.
     Welcomed(Welcome),
-    /// All lanes are there: begin.
+    /// All lanes are open: begin to send.
     Prepared {
-        /// How long the destination expects to load the state.
+        /// The time that the destination expects to need for loading the state.
         load: Option<Duration>,
     },
-    /// Rounds up to this generation are at the destination.
+    /// Rounds up to this generation have arrived at the destination.
     RoundReceived(u32),
     /// The VM can be handed over.
     Ready,
-    /// The VM runs at the destination; send *done* if it has all pages.
+    /// The VM runs at the destination. Send *done* if the destination has all pages.
     Running,
-    /// After a reattachment: these pages are missing at the destination, among others.
+    /// After a reattachment: these pages are missing at the destination, possibly among others.
     Missing {
-        /// The first page that the bitmap is about.
+        /// The first page of the bitmap.
         first: u64,
-        /// One bit a page.
+        /// One bit for each page.
         bitmap: bytes::Bytes,
     },
-    /// After a reattachment: the list of missing pages is complete; go on sending them.
+    /// After a reattachment: the list of missing pages is complete. Continue to send them.
     Resume {
-        /// The number of pages that are missing.
+        /// The number of missing pages.
         missing: u64,
     },
-    /// The destination has all pages; send *done*.
+    /// The destination has all pages. Send *done*.
     Complete(FaultSummary),
-    /// The destination needs this side no more, though pages may still be in stores; send *done*.
+    /// The destination does not need the source any more, though pages may still be in stores. Send
+    /// *done*.
     Released(FaultSummary),
-    /// The destination has the part of the store table with this number, and has read all that came
-    /// before it.
+    /// The destination has the part of the store table with this number, and has read everything
+    /// that was sent before it.
     TableReceived(u32),
     /// The destination has found that an entry of the store table has lost pages.
     EntryLost(u8),
     /// The destination has ended the attempt.
     Refused(ErrorCode, String),
-    /// The VM that was handed over has ended there by itself, in these words: send *done*, and free
-    /// what is here.
+    /// The VM that was handed over has ended at the destination by itself; the text says why. Send
+    /// *done*, and free the VM's memory here.
     VmEnded(String),
     /// The peer is alive.
     Pong,
 }
 
-/// What to do after the link was lost.
+/// The action after the loss of the link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnSourceLoss {
-    /// The VM is ours: give everything back and resume it.
+    /// The source owns the VM: roll everything back and resume the VM.
     Resume,
-    /// It may be the destination's, or is and lacks pages: reconnect with the same epoch and repeat
-    /// *run*, for as long as it takes.
+    /// The destination may own the VM, or owns it and misses pages: reconnect with the same epoch
+    /// and repeat *run*, until it succeeds.
     Reconnect,
-    /// The hand-over is complete; nothing is lost.
+    /// The hand-over is complete; nothing is lost. No action is needed.
     Nothing,
 }
 
-/// The source's half of one attempt to move a VM.
+/// The source's state machine of one attempt to move a VM.
 #[derive(Clone, Debug)]
 pub struct SourceMachine {
     epoch: u32,
     phase: SourcePhase,
-    /// The last generation that was announced to the destination, and the last it has acknowledged.
+    /// The last generation that was announced to the destination, and the last one that it has
+    /// acknowledged.
     sent: u32,
     received: u32,
-    /// Whether the destination will lack pages when it runs.
+    /// Whether pages will be missing at the destination when it runs the VM.
     post_copy: bool,
-    /// Whether pages may be in stores. The destination then says *released* where it else says
-    /// *complete*.
+    /// Whether pages may be in stores. The destination then sends *released* instead of *complete*.
     stores: bool,
-    /// How often *vacated* was sent.
+    /// The number of times that *vacated* was sent.
     vacated: u32,
 }
 
 impl SourceMachine {
     /// Returns a machine at the start of an attempt. Every attempt for a VM has a higher epoch than
-    /// all before it.
+    /// all attempts before it.
     pub fn new(epoch: u32) -> Self {
         Self { epoch, phase: SourcePhase::Greeting, sent: 0, received: 0, post_copy: false, stores: false, vacated: 0 }
     }
@@ -119,37 +121,39 @@ impl SourceMachine {
         self.epoch
     }
 
-    /// Records that both sides have agreed on pages in stores.
+    /// Records that both sides have agreed that pages may be in stores.
     pub fn allow_stores(&mut self) {
         self.stores = true;
     }
 
-    /// Where the attempt stands.
+    /// Returns the phase of the attempt.
     pub fn phase(&self) -> SourcePhase {
         self.phase
     }
 
-    /// Returns whether the VM may run here. False from *run* on, unless the destination is fenced
-    /// and the VM restarted.
+    /// Returns whether the VM may run at the source. This is false from *run* on, unless the
+    /// destination is fenced and the VM is restarted.
     pub fn owns(&self) -> bool {
         !matches!(self.phase, SourcePhase::InDoubt | SourcePhase::Serving | SourcePhase::Completed)
     }
 
-    /// A frame came from the destination, whose header carried `epoch`.
+    /// Handles a frame from the destination, whose header has `epoch`.
     ///
     /// # Errors
-    /// Returns an error if it has no place here. The attempt then ends as if the link were lost.
+    /// Returns an error if the frame is not permitted in the present phase. The attempt then ends
+    /// as if the link were lost.
     pub fn handle(&mut self, epoch: u32, frame: Control) -> Result<SourceEvent, Violation> {
         use SourcePhase::*;
         let violation = |why| Violation::new(frame.name(), epoch, self.phase, why);
-        // a destination that refuses what comes before the hello does not know its epoch
+        // a destination that refuses the lane before it has read the hello does not know the epoch
         let unread = epoch == 0 && self.phase == Greeting && matches!(frame, Control::Error { .. });
         if epoch != self.epoch && !unread {
             return Err(violation("it is of another epoch"));
         }
         match (&frame, self.phase) {
             (Control::Pong, _) => Ok(SourceEvent::Pong),
-            // what it lacks is not needed any more; and before *run* the guest is here
+            // the pages that the destination misses are not needed any more; before *run* the guest
+            // is at the source
             (Control::Error { code: ErrorCode::VmEnded, text }, InDoubt | Serving) => {
                 self.phase = Completed;
                 Ok(SourceEvent::VmEnded(text.clone()))
@@ -183,7 +187,7 @@ impl SourceMachine {
                 self.phase = if self.post_copy { Serving } else { Completed };
                 Ok(SourceEvent::Running)
             }
-            // the answer to a *run* that was repeated although the first one had arrived
+            // the answer to a repeated *run*, of which an earlier one had arrived too
             (Control::Running, Serving | Completed) => Ok(SourceEvent::Running),
             (Control::Missing { first, bitmap }, Serving) => {
                 Ok(SourceEvent::Missing { first: *first, bitmap: bitmap.clone() })
@@ -207,26 +211,28 @@ impl SourceMachine {
         }
     }
 
-    /// Begins the next round; the number of its generation. Generations count from 1.
+    /// Begins the next round. Returns the number of its generation, which counts from 1.
     pub fn begin_round(&mut self) -> Result<u32, Violation> {
         self.must_be(SourcePhase::Copying, "round")?;
         self.sent += 1;
         Ok(self.sent)
     }
 
-    /// The VM will be handed over with `missing` pages left here: the frame that ends their list,
-    /// and the generation as which they will move.
+    /// Records that the VM will be handed over with `missing` pages at the source. Returns the
+    /// frame that ends their list, and the generation with which they will be sent.
     pub fn post_copy(&mut self, missing: u64, demand_lanes: u16) -> Result<(Control, u32), Violation> {
         self.must_be(SourcePhase::Copying, "post-copy")?;
         self.post_copy = true;
         Ok((Control::PostCopy { missing, demand_lanes }, self.sent + 1))
     }
 
-    /// Every page was sent or located, and none will follow unless the destination asks: the frame
-    /// to send. The answer is *released*, or the list of what is missing.
+    /// Records that every page was sent or located, and that no page will follow unless the
+    /// destination requests it. Returns the frame to send. The answer is *released*, or the list of
+    /// missing pages.
     ///
     /// # Errors
-    /// Returns an error if no VM is being served, or no page can be in a store.
+    /// Returns an error if missing pages are not being streamed, or if pages in stores were not
+    /// agreed on.
     pub fn vacated(&mut self) -> Result<Control, Violation> {
         self.must_be(SourcePhase::Serving, "vacated")?;
         if !self.stores {
@@ -236,24 +242,24 @@ impl SourceMachine {
         Ok(Control::Vacated { number: self.vacated })
     }
 
-    /// Everything that moves before the hand-over is sent: the offer to send.
+    /// Records that everything that moves before the hand-over was sent. Returns the offer to send.
     pub fn offer(&mut self, state_bytes: u64, running: bool) -> Result<Control, Violation> {
         self.must_be(SourcePhase::Copying, "offer")?;
         self.phase = SourcePhase::Offered;
         Ok(Control::Offer { generation: self.sent, state_bytes, running })
     }
 
-    /// The point of no return: after this call the VM may run at the destination, whether or not
-    /// *run* gets there.
+    /// Passes the point of no return: after this call the VM may run at the destination, whether or
+    /// not *run* arrives there. Returns the frame to send.
     pub fn run(&mut self) -> Result<Control, Violation> {
         self.must_be(SourcePhase::Ready, "run")?;
         self.phase = SourcePhase::InDoubt;
         Ok(Control::Run)
     }
 
-    /// Returns the frames to send on a new control lane while in doubt or serving. The answer is
-    /// *running*, in post-copy with the list of what is missing behind it, or an error that leaves
-    /// all as it is.
+    /// Returns the frames to send on a new control lane while the VM is in doubt or missing pages
+    /// are streamed. The answer is *running*, in post-copy followed by the list of missing pages,
+    /// or an error that changes nothing.
     pub fn reattach(&self, vm: crate::vm::VmId) -> Result<[Control; 2], Violation> {
         if self.phase != SourcePhase::Serving {
             self.must_be(SourcePhase::InDoubt, "reattach")?;
@@ -261,11 +267,13 @@ impl SourceMachine {
         Ok([Control::Reattach(vm), Control::Run])
     }
 
-    /// The destination is dead for certain: the VM is ours again, as it was at a checkpoint, under
-    /// a new epoch, so that nothing of this attempt counts any more. The new epoch.
+    /// Makes the source the owner again, because the destination is dead for certain. The VM is in
+    /// the state of a checkpoint, and has a new epoch, so that nothing of this attempt counts any
+    /// more. Returns the new epoch.
     ///
     /// # Errors
-    /// Before *run* nothing has to be restarted, and after *complete* nothing is here to restart.
+    /// Returns an error before *run*, because nothing has to be restarted, and after *complete*,
+    /// because the source has nothing to restart.
     pub fn restart(&mut self, _destination: Fenced) -> Result<u32, Violation> {
         if self.phase != SourcePhase::Serving {
             self.must_be(SourcePhase::InDoubt, "restart")?;
@@ -275,8 +283,8 @@ impl SourceMachine {
         Ok(self.epoch)
     }
 
-    /// The attempt ends at the source's wish. `Some` is the frame that tells the destination;
-    /// `None` means that it is too late, the VM is not ours any more.
+    /// Ends the attempt at the source's request. Returns the frame to send to the destination, or
+    /// `None` if it is too late because the source does not own the VM any more.
     pub fn abandon(&mut self) -> Option<Control> {
         if !self.owns() {
             return None;
@@ -285,7 +293,8 @@ impl SourceMachine {
         Some(Control::Abandon)
     }
 
-    /// The link was lost, or the peer broke the protocol.
+    /// Handles the loss of the link, or a violation of the protocol by the peer. Returns what to
+    /// do.
     pub fn link_lost(&mut self) -> OnSourceLoss {
         match self.phase {
             SourcePhase::InDoubt | SourcePhase::Serving => OnSourceLoss::Reconnect,
@@ -338,7 +347,7 @@ mod tests {
             assert!(!machine.owns());
             assert_eq!(machine.restart(dead()), Ok(8));
             assert!(machine.owns());
-            // a destination that speaks after all is not listened to
+            // frames of a destination that turns out to be alive are refused
             assert!(machine.handle(7, Control::Running).is_err());
             assert!(machine.run().is_err() && machine.restart(dead()).is_err());
         }
@@ -356,8 +365,8 @@ mod tests {
         SourcePhase::Ended,
     ];
 
-    /// Every frame in every phase: what is taken, and where that leads. All else is refused, and
-    /// changes nothing.
+    /// Tests every frame in every phase: which frames are accepted, and which phase follows. All
+    /// others are refused, and change nothing.
     #[test]
     fn a_frame_is_taken_only_in_its_phases_and_of_its_epoch() {
         use SourcePhase::*;

@@ -1,4 +1,4 @@
-//! Frames of bulk lanes: pages, and the end of a round.
+//! The frames of bulk lanes: pages, and the end of a round.
 
 use super::{
     Header, frame,
@@ -10,10 +10,10 @@ use crate::{
     page::{PAGE_SHIFT, PageRange},
 };
 
-/// What the pages of an extent hold.
+/// The content of the pages of an extent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
-    /// Zeros; nothing follows.
+    /// Zeros. No data follows.
     Zero,
     /// Data, which follows in the payload.
     Plain,
@@ -22,42 +22,43 @@ pub enum Content {
 /// A run of pages with the same kind of content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
-    /// Which pages.
+    /// The pages.
     pub range: PageRange,
-    /// What they hold.
+    /// The content of the pages.
     pub content: Content,
 }
 
 /// A frame of a bulk or demand lane. Its generation is the header's `number`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Bulk {
-    /// Pages; the data of the plain ones follows the frame, in the order of the extents.
+    /// Pages. The data of the plain ones follows the frame, in the order of the extents.
     Pages {
-        /// The runs.
+        /// The extents.
         extents: Vec<Extent>,
-        /// CRC-32 of the payload, if [`super::FEATURE_PAYLOAD_CRC`] was agreed on; else 0.
+        /// The CRC-32 of the payload if [`super::FEATURE_PAYLOAD_CRC`] was agreed on, otherwise 0.
         payload_crc: u32,
     },
     /// The lane has sent all its pages of a round.
     RoundEnd {
-        /// The number of pages of this round the lane carried.
+        /// The number of pages of this round that were sent on the lane.
         pages: u64,
     },
-    /// The destination's guest waits for these pages. Only on a demand lane, and only from the
+    /// The destination's guest waits for these pages. Sent only on a demand lane, and only by the
     /// destination.
     Request {
         /// The pages.
         pages: Vec<u64>,
     },
-    /// All that the source has sent before *vacated* was read on this lane.
+    /// A mark: everything that the source has sent on this lane before *vacated* was read once the
+    /// mark is read.
     Vacated {
-        /// The number of that *vacated*.
+        /// The number of that *vacated* frame.
         number: u32,
     },
 }
 
 impl Bulk {
-    /// Bytes of page data that follow the frame.
+    /// Returns the number of bytes of page data that follow the frame.
     pub fn payload(&self) -> usize {
         match self {
             Bulk::Pages { extents, .. } => plain_pages(extents) as usize * (1 << PAGE_SHIFT),
@@ -65,14 +66,15 @@ impl Bulk {
         }
     }
 
-    /// Header and body.
+    /// Returns header and body of the frame.
     pub fn encode(&self, vm: u32, sequence: u32, generation: u32) -> Vec<u8> {
         let mut w = Writer::new();
         let kind = match self {
             Bulk::Pages { extents, payload_crc } => {
                 w.u32(*payload_crc).count(extents.len());
                 for e in extents {
-                    // the count fits: extents are cut at MAX_PAYLOAD or, for zeros, at 2^31 pages
+                    // the count fits: extents have at most MAX_PAYLOAD bytes or, for zeros, 2^31
+                    // pages
                     w.u64(e.range.first).u32(e.range.count as u32 | u32::from(e.content == Content::Zero) << 31);
                 }
                 PAGES
@@ -96,7 +98,7 @@ impl Bulk {
         frame(kind, vm, sequence, generation, self.payload() as u32, &w.into_bytes())
     }
 
-    /// Reads the body of a frame whose header was read before, for a VM of `pages` pages.
+    /// Decodes the body of a frame whose header was read before, for a VM of `pages` pages.
     ///
     /// # Errors
     /// Returns an error if the frame is not one of a bulk lane, an extent is empty or leaves RAM,
@@ -135,7 +137,8 @@ impl Bulk {
     }
 }
 
-/// Reads extents: at least one, ascending, disjoint and inside RAM.
+/// Decodes extents, and checks that there is at least one, and that they are ascending, disjoint
+/// and inside RAM.
 fn extents(r: &mut Reader<'_>, pages: u64) -> Result<Vec<Extent>, DecodeError> {
     let count = r.count(MAX_EXTENTS, "number of extents")?;
     let mut extents = Vec::with_capacity(count);

@@ -1,5 +1,5 @@
-//! Frames of the checkpoint lane, beside [`Bulk::Pages`](super::Bulk::Pages): the destination's VM,
-//! as it goes back.
+//! The frames of the checkpoint lane, in addition to [`Bulk::Pages`](super::Bulk::Pages). They
+//! carry the state of the destination's VM back to the source.
 
 use bytes::Bytes;
 
@@ -15,41 +15,43 @@ use crate::{
     limits::{MAX_IDENTITY, STATE_CHUNK},
 };
 
-/// A frame of the checkpoint lane. The header's `number` is that of the checkpoint, from 1; 0
-/// before the first.
+/// A frame of the checkpoint lane. The header's `number` is the number of the checkpoint, from 1;
+/// it is 0 before the first one. `S` frames come from the source, `D` frames from the destination.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Checkpoint {
-    /// S, first: how often, and with whom.
+    /// S, the first frame: the interval of checkpoints, and the identity of the source.
     Every {
-        /// Microseconds from the end of one to the beginning of the next; 0 if none are wanted.
+        /// The time from the end of one checkpoint to the beginning of the next in microseconds, or
+        /// 0 if no checkpoints are wanted.
         interval_us: u64,
-        /// Microseconds without a link after which the other side counts as dead.
+        /// The time without a link after which the other side counts as dead, in microseconds.
         detect_us: u64,
-        /// What a fence needs to know of the source; at most [`MAX_IDENTITY`] bytes.
+        /// The information about the source that a fence needs; at most [`MAX_IDENTITY`] bytes.
         identity: Bytes,
     },
-    /// D, first: what a fence needs to know of this host; at most [`MAX_IDENTITY`] bytes.
+    /// D, the first frame: the information about this host that a fence needs; at most
+    /// [`MAX_IDENTITY`] bytes.
     Identity(Bytes),
-    /// D: a piece of the encoded state; they come in order, behind the pages.
+    /// D: a piece of the encoded state. The pieces come in order, after the pages.
     State(Bytes),
     /// D: the checkpoint is complete.
     Commit {
-        /// The number of pages were sent for it, repeats counted.
+        /// The number of pages that were sent for the checkpoint. A page counts each time.
         pages: u64,
-        /// Bytes of state.
+        /// The number of bytes of state.
         state_bytes: u64,
     },
-    /// S: it is kept. The VM's output up to it may leave.
+    /// S: the checkpoint is kept. The VM's output up to the checkpoint may leave.
     Committed,
 }
 
 impl Checkpoint {
-    /// Returns whether a frame of this kind is one of these.
+    /// Returns whether frames of the kind `kind` are frames of this type.
     pub fn is_kind(kind: u8) -> bool {
         (EVERY..=COMMITTED).contains(&kind)
     }
 
-    /// Header and body.
+    /// Returns header and body of the frame.
     pub fn encode(&self, sequence: u32, number: u32) -> Vec<u8> {
         let mut w = Writer::new();
         let kind = match self {
@@ -74,10 +76,11 @@ impl Checkpoint {
         frame(kind, 0, sequence, number, 0, &w.into_bytes())
     }
 
-    /// Reads the body of a frame whose header was read before.
+    /// Decodes the body of a frame whose header was read before.
     ///
     /// # Errors
-    /// Returns an error if the frame is not one of these, or a field is out of its bounds.
+    /// Returns an error if the frame is not one of a checkpoint lane, or a field is out of its
+    /// bounds.
     pub fn decode(header: &Header, body: &[u8]) -> Result<Self, DecodeError> {
         header.check_body(body)?;
         if header.payload != 0 {

@@ -1,4 +1,4 @@
-//! Frames of the control lane.
+//! The frames of the control lane.
 
 use bytes::Bytes;
 
@@ -67,7 +67,7 @@ impl ErrorCode {
     }
 
     fn from_wire(code: u16) -> Self {
-        // a code of a later version is still an error
+        // a code of a later version still means an error
         CODES.get(usize::from(code)).copied().unwrap_or(ErrorCode::Other)
     }
 }
@@ -98,8 +98,8 @@ pub struct Welcome {
     pub session: SessionToken,
 }
 
-/// Statistics of the faults that the destination served. Times are in microseconds, from the moment
-/// at which a fault was read until its page was installed.
+/// Statistics of the faults on missing pages at the destination. Times are in microseconds, from
+/// the moment at which a fault was read until its page was installed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FaultSummary {
     /// The number of faults on missing pages.
@@ -176,7 +176,7 @@ pub enum Control {
     Ready,
     /// S: the destination owns the VM. The source will not run it again.
     Run,
-    /// D: the VM is owned and started.
+    /// D: the destination owns the VM and has started it.
     Running,
     /// S: *running* has arrived, and the session is over.
     Done,
@@ -191,7 +191,7 @@ pub enum Control {
         /// The reason in words, at most [`MAX_ERROR_TEXT`] bytes.
         text: String,
     },
-    /// S: asks for a sign of life.
+    /// S: asks the destination for a sign of life.
     Ping,
     /// D: the answer to a ping.
     Pong,
@@ -215,24 +215,24 @@ pub enum Control {
     Complete(FaultSummary),
     /// S: entries of the store table.
     StoreTable(TablePart),
-    /// D: that part of the store table is here, and all that came before it.
+    /// D: this part of the store table has arrived, and everything that was sent before it.
     StoreTableReceived {
         /// The number of the part.
         number: u32,
     },
     /// S: these pages are in a store.
     Located(Located),
-    /// S: every page was sent or located, and none will follow that is not asked for. A mark with
-    /// the same number goes out on every bulk lane.
+    /// S: every page was sent or located, and no page will follow unless the destination requests
+    /// it. A mark with the same number is sent on every bulk lane.
     Vacated {
-        /// Counts these frames within a session, from 1.
+        /// The number of the frame within a session, from 1.
         number: u32,
     },
-    /// D: the source is not needed any more: no page is missing but those that are in stores. The
-    /// source's memory may go.
+    /// D: the source is not needed any more: all missing pages are in stores. The source may free
+    /// its memory.
     Released(FaultSummary),
-    /// Both: an entry of the store table has lost pages. Those that the source holds come from
-    /// there.
+    /// Both: an entry of the store table has lost pages. Those that the source holds come from the
+    /// source.
     EntryLost {
         /// The number of the entry.
         entry: u8,
@@ -245,7 +245,7 @@ impl Control {
         frame_kind(self.code()).map_or("frame", |kind| kind.name)
     }
 
-    /// Returns its number in the [table](super::FRAME_KINDS).
+    /// Returns the number of the frame in the [table](super::FRAME_KINDS).
     fn code(&self) -> u8 {
         match self {
             Control::Hello(_) => kinds::HELLO,
@@ -276,7 +276,7 @@ impl Control {
         }
     }
 
-    /// An error frame; the text is cut to what the wire takes.
+    /// Returns an error frame. The text is cut to [`MAX_ERROR_TEXT`] bytes.
     pub fn error(code: ErrorCode, text: impl Into<String>) -> Self {
         let mut text = text.into();
         let mut end = text.len().min(MAX_ERROR_TEXT);
@@ -287,7 +287,7 @@ impl Control {
         Control::Error { code, text }
     }
 
-    /// Header and body.
+    /// Returns header and body of the frame.
     pub fn encode(&self, vm: u32, sequence: u32, epoch: u32) -> Vec<u8> {
         let mut w = Writer::new();
         match self {
@@ -296,7 +296,7 @@ impl Control {
                 encode_vm(&h.vm, &mut w);
             }
             Control::Welcome(m) => _ = w.u16(m.version).u32(m.features).u16(m.streams).bytes(&m.session.0),
-            // what is not known is not sent
+            // an unknown time is not sent
             Control::Prepared { load_us } => load_us.iter().for_each(|&time| _ = w.u64(time)),
             Control::RoundReceived { generation } => _ = w.u32(*generation),
             Control::Piece(s) => s.encode(&mut w),
@@ -324,7 +324,7 @@ impl Control {
         frame(self.code(), vm, sequence, epoch, 0, &w.into_bytes())
     }
 
-    /// Reads the body of a frame whose header was read before.
+    /// Decodes the body of a frame whose header was read before.
     ///
     /// # Errors
     /// Returns an error if the frame is not one of the control lane, or a field is out of its
@@ -405,7 +405,7 @@ impl Control {
     }
 }
 
-/// How a VM's description travels, and stands in a snapshot.
+/// Encodes a VM's description, for the hello and for snapshots.
 pub(crate) fn encode_vm(vm: &VmDescription, w: &mut Writer) {
     w.bytes(&vm.id.0);
     vm.layout.encode(w);
@@ -416,7 +416,7 @@ pub(crate) fn encode_vm(vm: &VmDescription, w: &mut Writer) {
     w.blob(&vm.host_needs).blob(&vm.config);
 }
 
-/// Reads what [`encode_vm`] wrote.
+/// Decodes a description that [`encode_vm`] wrote.
 pub(crate) fn decode_vm(r: &mut Reader<'_>) -> Result<VmDescription, DecodeError> {
     let id = VmId(r.array("vm id")?);
     let layout = RamLayout::decode(r, MAX_REGIONS)?;
@@ -444,7 +444,7 @@ pub(crate) mod tests {
         wire::stores::tests::{located, part},
     };
 
-    /// One frame of each kind.
+    /// Returns one frame of each kind.
     pub(crate) fn samples() -> Vec<Control> {
         let layout = RamLayout::new(vec![RamRegion { gpa: 0, len: 1 << 20 }]).unwrap();
         let device = DeviceKind { name: "serial".into(), instance: 0, oldest: 1, version: 2 };
@@ -504,7 +504,7 @@ pub(crate) mod tests {
             if matches!(sample, Control::State(_)) {
                 continue;
             }
-            // nothing at all is the other form of *prepared*
+            // an empty body is the other valid form of *prepared*
             let least = usize::from(matches!(sample, Control::Prepared { .. }));
             for end in least..body.len() {
                 assert!(decode(&frame(bytes[0], 0, 1, 2, 0, &body[..end])).is_err(), "{} at {end}", sample.name());
@@ -519,7 +519,7 @@ pub(crate) mod tests {
     fn long_errors_are_cut_at_a_character() {
         let Control::Error { text, .. } = Control::error(ErrorCode::Other, "é".repeat(600)) else { unreachable!() };
         assert!(text.len() <= MAX_ERROR_TEXT && text.chars().all(|c| c == 'é'));
-        // one whose characters do not end at the limit
+        // the limit lies within a character of this text
         let Control::Error { text, .. } = Control::error(ErrorCode::Other, "€".repeat(600)) else { unreachable!() };
         assert!(text.len() > MAX_ERROR_TEXT - 3 && text.len() <= MAX_ERROR_TEXT && text.chars().all(|c| c == '€'));
     }

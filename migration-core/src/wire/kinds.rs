@@ -1,23 +1,23 @@
-//! The table of all kinds of frames: encoders and decoders take their numbers from it, and tests
+//! The table of all kinds of frames. Encoders and decoders take their numbers from it, and tests
 //! compare it with `docs/wire.md`, with the recorded frames and with the seeds of the fuzz targets.
 
-/// Who sends a frame.
+/// The side that sends a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Sender {
     /// Only the source.
     Source,
     /// Only the destination.
     Destination,
-    /// Either.
+    /// Both sides.
     Both,
 }
 
-/// The lanes on which a frame travels.
+/// The lanes on which a frame is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Lanes {
     /// Control and reattach lanes: a [`Control`](super::Control).
     Control,
-    /// Bulk and demand lanes: a [`Bulk`](super::Bulk). Pages travel on checkpoint lanes, too.
+    /// Bulk and demand lanes: a [`Bulk`](super::Bulk). Pages are sent on checkpoint lanes, too.
     Bulk,
     /// Checkpoint lanes: a [`Checkpoint`](super::Checkpoint).
     Checkpoint,
@@ -26,13 +26,13 @@ pub enum Lanes {
 /// One kind of frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FrameKind {
-    /// Its number, in the first byte of the header.
+    /// The number of the kind, in the first byte of the header.
     pub code: u8,
-    /// Its name, as in `docs/wire.md`.
+    /// The name of the kind, as in `docs/wire.md`.
     pub name: &'static str,
-    /// Where it travels.
+    /// The lanes on which the kind is sent.
     pub lanes: Lanes,
-    /// Who sends it.
+    /// The side that sends the kind.
     pub sender: Sender,
 }
 
@@ -40,7 +40,7 @@ macro_rules! frame_kinds {
     ($($constant:ident = $code:literal, $name:literal, $lanes:ident, $sender:ident;)*) => {
         $(pub(super) const $constant: u8 = $code;)*
 
-        /// Every kind of frame, by number.
+        /// All kinds of frames, by number.
         pub const FRAME_KINDS: &[FrameKind] = &[
             $(FrameKind { code: $code, name: $name, lanes: Lanes::$lanes, sender: Sender::$sender }),*
         ];
@@ -84,7 +84,7 @@ frame_kinds! {
     CHECKPOINT_COMMITTED = 0x64, "committed", Checkpoint, Source;
 }
 
-/// Returns the kind with this number.
+/// Returns the kind with the number `code`, or `None` if there is none.
 pub fn frame_kind(code: u8) -> Option<&'static FrameKind> {
     let at = FRAME_KINDS.binary_search_by_key(&code, |kind| kind.code).ok()?;
     FRAME_KINDS.get(at)
@@ -109,14 +109,14 @@ mod tests {
     fn the_documentation_has_the_same_table() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/wire.md");
         let Ok(text) = std::fs::read_to_string(path) else {
-            // a packaged crate has no documentation of the whole project
+            // a packaged crate does not include the documentation of the whole project
             return assert!(!std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../DESIGN.md")).exists());
         };
         let rows = text.lines().filter(|line| line.starts_with("| 0x")).map(|line| {
             let mut cells = line.split('|').map(str::trim).skip(1);
             (cells.next().unwrap_or_default(), cells.next().unwrap_or_default(), cells.next().unwrap_or_default())
         });
-        // a row about several of them repeats what other tables have
+        // a row about several kinds repeats what other tables have
         let mut documented: Vec<_> = rows.filter(|(code, ..)| !code.contains(',')).collect();
         documented.sort();
         let table: Vec<_> = FRAME_KINDS.iter().map(|kind| (format!("{:#04x}", kind.code), kind)).collect();

@@ -1,9 +1,9 @@
 //! The wire format, version 1. `docs/wire.md` specifies it; this module is its only implementation.
 //! [`FRAME_KINDS`] is the table of frames, and [`limits`](crate::limits) has all bounds.
 //!
-//! A lane is one channel. The source opens it with a [`Preamble`]; then both sides send frames: a
+//! A lane is one channel. The source opens it with a [`Preamble`]. Then both sides send frames: a
 //! [`Header`] of 32 bytes, a body whose meaning depends on the header's kind, and for
-//! [`Bulk::Pages`] the page data itself, raw. Nothing is allocated by a length before it was
+//! [`Bulk::Pages`] the raw page data. No memory is allocated by a length before the length was
 //! compared with its bound.
 
 mod bulk;
@@ -32,31 +32,33 @@ pub use crate::limits::{
 pub const OLDEST_VERSION: u16 = 1;
 /// The newest version of the wire format that this build speaks.
 pub const VERSION: u16 = 1;
-/// First bytes of every lane.
+/// The first bytes of every lane.
 pub const MAGIC: [u8; 8] = *b"LIVEMIGR";
-/// First bytes of a lane that is encrypted, in place of [`MAGIC`]. What follows is not of this
-/// format but of migration-crypto.
+/// The first bytes of an encrypted lane, in place of [`MAGIC`]. The bytes after them have the
+/// format of migration-crypto.
 pub const SEALED_MAGIC: [u8; 8] = *b"LIVESEAL";
 
 /// Feature bit: page data carries a CRC-32. Costs a copy of every page at the source.
 pub const FEATURE_PAYLOAD_CRC: u32 = 1;
-/// Feature bit: the VM may be handed over before all its pages have moved; the destination then
-/// asks for those that it misses on demand lanes. The destination grants it if it has a
+/// Feature bit: the VM may be handed over before all its pages have moved. The destination then
+/// requests the missing pages on demand lanes. The destination grants the feature if it has a
 /// [`Pager`](crate::pager::Pager).
 pub const FEATURE_POST_COPY: u32 = 2;
-/// Feature bit: in post-copy, pages move in aligned blocks of [`HUGE_BLOCK`], as the destination's
-/// RAM cannot be split further. Granted by the destination together with [`FEATURE_POST_COPY`].
+/// Feature bit: in post-copy, pages move in aligned blocks of [`HUGE_BLOCK`] pages, because the
+/// destination's RAM cannot be split further. The destination grants it together with
+/// [`FEATURE_POST_COPY`].
 pub const FEATURE_HUGE_BLOCKS: u32 = 4;
 /// Feature bit: while pages are missing at the destination, it sends checkpoints of the running VM
 /// back on a checkpoint lane, and holds the VM's output until they are committed. Granted only
 /// together with [`FEATURE_POST_COPY`].
 pub const FEATURE_CHECKPOINTS: u32 = 8;
 /// Feature bit: source and destination are on one machine and share the VM's RAM. The memory files
-/// behind it follow the hello, one a region, and no page moves. Excludes all other bits.
+/// of the RAM follow the hello, one file for each region, and no page moves. Excludes all other
+/// bits.
 pub const FEATURE_SHARED_RAM: u32 = 16;
-/// Feature bit: pages may lie in page stores. The source says where they are, and serves the
-/// destination until that has *released* it. The destination grants it together with
-/// [`FEATURE_POST_COPY`], if it was started with page stores.
+/// Feature bit: pages may be in page stores. The source announces their locations, and streams
+/// missing pages to the destination until the destination has *released* it. The destination grants
+/// the feature together with [`FEATURE_POST_COPY`], if it was started with page stores.
 pub const FEATURE_STORES: u32 = 32;
 /// Every feature bit that this build knows.
 pub const FEATURES: u32 = FEATURE_PAYLOAD_CRC
@@ -65,26 +67,27 @@ pub const FEATURES: u32 = FEATURE_PAYLOAD_CRC
     | FEATURE_CHECKPOINTS
     | FEATURE_SHARED_RAM
     | FEATURE_STORES;
-/// Pages of a huge page.
+/// The number of pages of a huge page.
 pub const HUGE_BLOCK: u64 = 512;
 
-/// What a lane carries.
+/// The purpose of a lane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum LaneKind {
     /// The first lane of a session: small, ordered frames in both directions.
     Control,
-    /// Pages in volume, one of several.
+    /// Pages. A session has one or more of these lanes.
     Bulk,
     /// A new control lane for a session whose first one was lost.
     Reattach,
-    /// Pages that the guest waits for at the destination: requests one way, pages the other.
+    /// Pages for which the guest at the destination waits: requests in one direction, pages in the
+    /// other.
     Demand,
     /// Checkpoints of the VM, from the destination that runs it.
     Checkpoint,
 }
 
 impl LaneKind {
-    /// Its number on the wire.
+    /// Returns the number of the kind on the wire.
     pub const fn code(self) -> u8 {
         match self {
             Self::Control => 0,
@@ -95,7 +98,7 @@ impl LaneKind {
         }
     }
 
-    /// Returns the kind with this number.
+    /// Returns the kind with the number `code`.
     pub const fn from_code(code: u8) -> Option<Self> {
         Some(match code {
             0 => Self::Control,
@@ -108,8 +111,8 @@ impl LaneKind {
     }
 }
 
-/// Identifies a session, and proves that a further lane belongs to it: drawn at random by the
-/// destination.
+/// A token that identifies a session, and proves that a further lane belongs to it. The destination
+/// chooses it at random.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub struct SessionToken(pub [u8; 16]);
 
@@ -120,16 +123,16 @@ pub struct Preamble {
     pub oldest: u16,
     /// The newest version that the source speaks.
     pub newest: u16,
-    /// What the lane is for.
+    /// The purpose of the lane.
     pub kind: LaneKind,
-    /// Its number among lanes of its kind.
+    /// The number of the lane among the lanes of its kind.
     pub index: u16,
-    /// The session it belongs to; zeros on the first lane, which has none yet.
+    /// The session to which the lane belongs; zeros on the first lane, which has no session yet.
     pub session: SessionToken,
 }
 
 impl Preamble {
-    /// Bytes of an encoded preamble.
+    /// The length of an encoded preamble in bytes.
     pub const LEN: usize = 36;
 
     /// Returns the preamble of a lane of this build.
@@ -137,7 +140,7 @@ impl Preamble {
         Self { oldest: OLDEST_VERSION, newest: VERSION, kind, index, session }
     }
 
-    /// Its bytes.
+    /// Returns the encoded preamble.
     pub fn encode(&self) -> [u8; Self::LEN] {
         let mut w = Writer::new();
         w.bytes(&MAGIC)
@@ -154,7 +157,7 @@ impl Preamble {
         bytes
     }
 
-    /// Reads a preamble. The version window is not judged here: see [`negotiate`].
+    /// Decodes a preamble. Does not check the range of versions: see [`negotiate`].
     pub fn decode(bytes: &[u8; Self::LEN]) -> Result<Self, DecodeError> {
         let mut r = Reader::new(bytes);
         let magic: [u8; 8] = r.array("magic")?;
@@ -183,37 +186,37 @@ impl Preamble {
     }
 }
 
-/// Returns the newest version in both windows.
+/// Returns the newest version that is in both ranges, or `None` if there is none.
 pub fn negotiate(oldest: u16, newest: u16) -> Option<u16> {
     let version = newest.min(VERSION);
     (version >= oldest.max(OLDEST_VERSION)).then_some(version)
 }
 
-/// What precedes the body of every frame.
+/// The header of a frame, which precedes the body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
-    /// Which frame it is.
+    /// The number of the frame's [kind](FrameKind).
     pub kind: u8,
-    /// The VM that it is about, for receivers that host several; 0 for the only one.
+    /// The VM to which the frame belongs, for receivers that host several VMs; 0 for the only one.
     pub vm: u32,
-    /// Counts the frames of a lane and direction from 0, so that a replayed or lost frame is
-    /// noticed.
+    /// The position of the frame in its lane and direction, from 0, so that a replayed or lost
+    /// frame is noticed.
     pub sequence: u32,
-    /// The epoch on a control lane, the generation (round) on a bulk lane.
+    /// The epoch on a control lane, or the generation (round) on a bulk lane.
     pub number: u32,
-    /// Bytes of the body.
+    /// The length of the body in bytes.
     pub body: u32,
-    /// Bytes of page data behind the body.
+    /// The number of bytes of page data after the body.
     pub payload: u32,
-    /// CRC-32 of the body.
+    /// The CRC-32 of the body.
     pub body_crc: u32,
 }
 
 impl Header {
-    /// Bytes of an encoded header.
+    /// The length of an encoded header in bytes.
     pub const LEN: usize = 32;
 
-    /// Its bytes.
+    /// Returns the encoded header.
     pub fn encode(&self) -> [u8; Self::LEN] {
         let mut w = Writer::new();
         w.u8(self.kind).u8(0).u16(0).u32(self.vm).u32(self.sequence).u32(self.number);
@@ -225,7 +228,7 @@ impl Header {
         bytes
     }
 
-    /// Reads a header, and checks that the lengths in it are within bounds.
+    /// Decodes a header, and checks that its lengths are within their bounds.
     pub fn decode(bytes: &[u8; Self::LEN]) -> Result<Self, DecodeError> {
         let mut r = Reader::new(bytes);
         let kind = r.u8("kind")?;
@@ -245,7 +248,7 @@ impl Header {
         Ok(Self { kind, vm, sequence, number, body, payload, body_crc })
     }
 
-    /// Checks that `body` is the body of this header.
+    /// Checks that `body` has the length and the checksum of this header.
     pub fn check_body(&self, body: &[u8]) -> Result<(), DecodeError> {
         if body.len() != self.body as usize || crc32fast::hash(body) != self.body_crc {
             return Err(DecodeError::Checksum { field: "body" });
@@ -254,9 +257,9 @@ impl Header {
     }
 }
 
-/// Header and body of a frame without page data.
+/// Returns header and body of a frame, without page data.
 pub(crate) fn frame(kind: u8, vm: u32, sequence: u32, number: u32, payload: u32, body: &[u8]) -> Vec<u8> {
-    // bodies are made by this crate and bounded by MAX_BODY, far below u32::MAX
+    // this crate makes all bodies; they are bounded by MAX_BODY, far below u32::MAX
     let header =
         Header { kind, vm, sequence, number, body: body.len() as u32, payload, body_crc: crc32fast::hash(body) };
     let mut bytes = Vec::with_capacity(Header::LEN + body.len());

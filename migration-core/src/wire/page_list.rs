@@ -1,11 +1,11 @@
-//! Page sets on the wire: in frames of the control lane, and in a section of the VM's state.
+//! The encoding of page sets, in frames of the control lane and in a section of the VM's state.
 
 use bytes::Bytes;
 
 use super::{Control, MAX_BODY, STATE_CHUNK};
 use crate::{codec::DecodeError, page_set::PageSet};
 
-/// Returns the frames that carry a page set.
+/// Returns the frames that list the pages of a set.
 pub(crate) fn missing_frames(pages: &PageSet) -> Vec<Control> {
     let words_each = STATE_CHUNK as u64 / 8;
     let all = pages.capacity().div_ceil(64);
@@ -22,12 +22,12 @@ pub(crate) fn missing_frames(pages: &PageSet) -> Vec<Control> {
     frames
 }
 
-/// Words of a page set as they travel.
+/// Returns the encoding of the words of a page set.
 pub(crate) fn encode_bitmap(words: &[u64]) -> Bytes {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
-/// Adds pages from the wire to a set.
+/// Adds the pages of a received bitmap to `pages`. Bit 0 of the bitmap stands for page `first`.
 pub(crate) fn add_missing(pages: &mut PageSet, first: u64, bitmap: &[u8]) -> Result<(), DecodeError> {
     let words: Vec<u64> =
         bitmap.chunks_exact(8).map(|w| u64::from_le_bytes(w.try_into().unwrap_or_default())).collect();

@@ -1,4 +1,4 @@
-//! What source and destination say about pages in stores, in frames of the control lane.
+//! The frames of the control lane about pages in stores.
 
 use std::num::NonZeroU64;
 
@@ -14,15 +14,15 @@ use crate::{
 /// A part of the store table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TablePart {
-    /// Counts these frames within a session. The acknowledgement has the same number.
+    /// The number of the frame within a session. The acknowledgement has the same number.
     pub number: u32,
-    /// The most bytes a second that the destination reads from stores ahead of the guest; `None`
-    /// without limit. The last part counts.
+    /// The largest number of bytes a second that the destination reads from stores ahead of the
+    /// guest, or `None` for no limit. The value of the last part counts.
     pub gather_rate: Option<NonZeroU64>,
     /// The number of the first entry.
     pub first: u8,
-    /// The entries. There may be none: the acknowledgement then says only that everything before
-    /// was read.
+    /// The entries. There may be none: the acknowledgement then only confirms that everything
+    /// before was read.
     pub entries: Vec<StoreEntry>,
 }
 
@@ -47,7 +47,8 @@ impl TablePart {
             let why = format!("{count} from {first} on, and a table has at most {MAX_ENTRIES}");
             return Err(DecodeError::invalid("number of entries", why));
         }
-        // not by `count`: an entry takes 20 bytes at least, and these may not be there
+        // the vector is not allocated by `count`: an entry has at least 20 bytes, and these may be
+        // missing
         let mut entries = Vec::new();
         for _ in 0..count {
             let namespace = Namespace::new(r.array("namespace")?);
@@ -63,30 +64,30 @@ impl TablePart {
     }
 }
 
-/// Says that pages are in a store.
+/// The announcement that pages are in a store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Located {
-    /// Their copy: the entry of the store table, and the generation of the put.
+    /// The copy of the pages: the entry of the store table, and the generation of the put.
     pub copy: StoreCopy,
-    /// Whether the source has their content in RAM, too, and answers demands for them.
+    /// Whether the source has the content in RAM as well, and answers demands for the pages.
     pub held: bool,
-    /// The pages: ascending, disjoint runs, at least one.
+    /// The pages: at least one run. The runs ascend and are disjoint.
     pub runs: Vec<PageRange>,
 }
 
 impl Located {
-    /// Returns how many pages there are.
+    /// Returns the number of pages.
     pub fn pages(&self) -> u64 {
         self.runs.iter().map(|run| run.count).sum()
     }
 
-    /// Checks that all pages are among the first `pages` ones.
+    /// Checks that the numbers of all pages are below `pages`.
     ///
     /// # Errors
-    /// Returns an error if one is not.
+    /// Returns an error if a number is not.
     pub fn check(&self, pages: u64) -> Result<(), DecodeError> {
         match self.runs.last() {
-            // runs ascend
+            // the runs ascend, so the last one is enough
             Some(run) if run.end() > pages => {
                 let why = format!("pages {}+{} are outside RAM", run.first, run.count);
                 Err(DecodeError::invalid("located pages", why))
@@ -125,11 +126,11 @@ impl Located {
     }
 }
 
-/// Most pages of a run, so that the count of a run has room in a frame.
+/// The largest number of pages of a run, so that the count of a run fits into a frame.
 const MAX_RUN_PAGES: u64 = 1 << 31;
 
-/// Returns the frames that say where pages are. Runs of the same copy that are next to each other
-/// in `runs` share a frame.
+/// Returns the frames that announce the locations of pages. Consecutive runs of the same copy in
+/// `runs` share a frame.
 pub(crate) fn located_frames(runs: &[LocatedRun]) -> Vec<Located> {
     let mut frames: Vec<Located> = Vec::new();
     for run in runs {
@@ -156,7 +157,7 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// Returns a part with all that a part can have.
+    /// Returns a part that has every kind of content.
     pub(crate) fn part() -> TablePart {
         let store = |name: &str, byte| EntryStore { name: name.into(), incarnation: Incarnation([byte; 16]) };
         let entry = |byte, stores| StoreEntry::new(Namespace::new([byte; 16]), stores).unwrap();
@@ -164,7 +165,7 @@ pub(crate) mod tests {
         TablePart { number: 9, gather_rate: NonZeroU64::new(1 << 20), first: 253, entries }
     }
 
-    /// Pages of one put.
+    /// Returns the locations of the pages of one put.
     pub(crate) fn located() -> Located {
         let runs = vec![PageRange::new(3, 2), PageRange::new(5, 1), PageRange::new(200, 40)];
         Located { copy: StoreCopy { entry: 7, generation: 11 }, held: true, runs }
