@@ -11,12 +11,12 @@ use crate::{device::DeviceKind, page::RamLayout, vm_id::VmId};
 pub struct VmDescription {
     /// The identity of the VM.
     pub id: VmId,
-    /// The regions of its RAM in guest physical address space.
+    /// The regions of the VM's RAM in guest physical address space.
     pub layout: RamLayout,
-    /// Its devices and their versions.
+    /// The devices of the VM and their versions.
     pub devices: Vec<DeviceKind>,
-    /// The features that its vCPUs need of the host (CPUID, XCR0, TSC, MSRs), in an encoding of the
-    /// VMM's choice, such as `HostNeeds` of migration-kvm. Empty if there are none.
+    /// The features that the vCPUs need of the host (CPUID, XCR0, TSC, MSRs), in an encoding that
+    /// the VMM chooses, such as `HostNeeds` of migration-kvm. Empty if there are none.
     pub host_needs: Bytes,
     /// The configuration from which the VMM builds the same machine. This crate does not interpret
     /// it.
@@ -30,7 +30,7 @@ pub struct SectionEstimate {
     pub name: String,
     /// The number of the section among those of the same name.
     pub instance: u32,
-    /// The size of its data in bytes.
+    /// The size of the section's data in bytes.
     pub bytes: u64,
 }
 
@@ -38,15 +38,15 @@ pub struct SectionEstimate {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StateEstimate {
     /// The sections that [`SourceVm::save_state`](super::SourceVm::save_state) would return now,
-    /// without what [`iterate_state`](super::SourceVm::iterate_state) reports as pending. Sections
-    /// that are small and never grow may be left out.
+    /// without the bytes that [`iterate_state`](super::SourceVm::iterate_state) reports as pending.
+    /// Sections that are small and never grow may be left out.
     pub sections: Vec<SectionEstimate>,
-    /// The time to save them; `None` if it is not known.
+    /// The time to save the sections, or `None` if it is not known.
     pub save_time: Option<Duration>,
 }
 
 impl StateEstimate {
-    /// Returns the bytes of all sections together.
+    /// Returns the sum of the sizes of all sections in bytes.
     pub fn bytes(&self) -> u64 {
         self.sections.iter().fold(0, |sum, section| sum.saturating_add(section.bytes))
     }

@@ -10,8 +10,8 @@ use crate::{
 /// The two steps in which devices are quiesced, after the vCPUs were paused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Quiesce {
-    /// Start no new work. After all devices have done this step, none sends requests to another any
-    /// more.
+    /// Start no new work. After all devices have done this step, no device sends requests to
+    /// another one any more.
     StopInitiating,
     /// Finish the work in flight. After this step the device does not write guest memory any more.
     Drain,
@@ -20,9 +20,9 @@ pub enum Quiesce {
 /// The result of [`Device::iterate`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Iteration {
-    /// A piece of state to send now; may be empty.
+    /// A piece of state to send now. It may be empty.
     pub data: Bytes,
-    /// The number of bytes of state that are still to be sent, as far as is known now.
+    /// The number of bytes of state that remain to be sent, as far as is known now.
     pub pending: u64,
 }
 
@@ -50,8 +50,8 @@ pub trait Device: Send {
         self.version()
     }
 
-    /// Returns the reason why the device cannot take part in a migration by the strategy of this
-    /// name, or `None` if it can.
+    /// Returns the reason why the device cannot be migrated by the strategy named `strategy`, or
+    /// `None` if it can.
     fn blocks(&self, strategy: &str) -> Option<String> {
         let _ = strategy;
         None
@@ -60,7 +60,7 @@ pub trait Device: Send {
     /// Prepares the device for a migration from this host.
     ///
     /// # Errors
-    /// Fails if the device cannot be migrated.
+    /// Returns an error if the device cannot be migrated.
     fn start(&mut self) -> Result<(), VmError> {
         Ok(())
     }
@@ -68,7 +68,7 @@ pub trait Device: Send {
     /// Returns a piece of state of at most `budget` bytes, while the guest runs.
     ///
     /// # Errors
-    /// Fails if the state cannot be read.
+    /// Returns an error if the state cannot be read.
     fn iterate(&mut self, budget: usize) -> Result<Iteration, VmError> {
         let _ = budget;
         Ok(Iteration::default())
@@ -77,7 +77,7 @@ pub trait Device: Send {
     /// Performs one step of quiescing the device.
     ///
     /// # Errors
-    /// Fails if the device cannot stop its work.
+    /// Returns an error if the device cannot stop its work.
     fn quiesce(&mut self, step: Quiesce) -> Result<(), VmError> {
         let _ = step;
         Ok(())
@@ -87,15 +87,15 @@ pub trait Device: Send {
     /// hand-over, whichever step was reached, and at the destination when the VM starts.
     ///
     /// # Errors
-    /// Fails if the device cannot work any more.
+    /// Returns an error if the device cannot work any more.
     fn resume(&mut self) -> Result<(), VmError> {
         Ok(())
     }
 
-    /// Returns about how many bytes [`save`](Device::save) would return now, not counting the bytes
-    /// that [`iterate`](Device::iterate) reports as pending. The number is used to predict the
-    /// downtime, and to refuse a state that is too large before the guest is paused. The default of
-    /// 0 is right for a device with a state of a few kilobytes.
+    /// Returns the approximate number of bytes that [`save`](Device::save) would return now,
+    /// without the bytes that [`iterate`](Device::iterate) reports as pending. The number is used
+    /// to predict the downtime, and to refuse a state that is too large before the guest is paused.
+    /// The default of 0 is right for a device with a state of a few kilobytes.
     fn state_bytes(&self) -> u64 {
         0
     }
@@ -104,24 +104,25 @@ pub trait Device: Send {
     /// [`iterate`](Device::iterate) returned.
     ///
     /// # Errors
-    /// Fails if the state cannot be read.
+    /// Returns an error if the state cannot be read.
     fn save(&mut self) -> Result<Bytes, VmError>;
 
     /// Loads a piece that [`iterate`](Device::iterate) returned at the source. Pieces come in
     /// order, before [`load`](Device::load).
     ///
     /// # Errors
-    /// Fails if the piece is invalid. The default always fails.
+    /// Returns an error if the piece is invalid. The default always returns an error.
     fn load_piece(&mut self, data: &[u8]) -> Result<(), VmError> {
         let _ = data;
         Err(VmError::new(format!("device {} does not load its state in pieces", self.name())))
     }
 
-    /// Loads the state that [`save`](Device::save) returned at the source, which had this version.
+    /// Loads the state that [`save`](Device::save) returned at the source, where the device had the
+    /// version `version`.
     ///
     /// # Errors
-    /// Fails if the state is invalid. The bytes come from the peer, so a field that decodes may
-    /// still have an impossible value.
+    /// Returns an error if the state is invalid. The bytes come from the peer, so a field that
+    /// decodes may still have an impossible value.
     fn load(&mut self, version: u32, data: &[u8]) -> Result<(), VmError>;
 }
 
@@ -132,7 +133,7 @@ pub struct DeviceSet {
 }
 
 impl DeviceSet {
-    /// Makes a set of devices. They are saved and loaded in the order of `devices`.
+    /// Returns a set of devices. They are saved and loaded in the order of `devices`.
     pub fn new(devices: Vec<Box<dyn Device>>) -> Self {
         Self { devices }
     }
@@ -156,7 +157,7 @@ impl DeviceSet {
     /// Calls [`Device::start`] of every device.
     ///
     /// # Errors
-    /// Fails with the error of the first device that fails.
+    /// Returns the error of the first device that fails.
     pub fn start(&mut self) -> Result<(), VmError> {
         self.devices.iter_mut().try_for_each(|d| d.start())
     }
@@ -165,7 +166,7 @@ impl DeviceSet {
     /// of bytes that are pending.
     ///
     /// # Errors
-    /// Fails with the error of the first device that fails.
+    /// Returns the error of the first device that fails.
     pub fn iterate(&mut self, mut budget: usize) -> Result<(Vec<Section>, u64), VmError> {
         let (mut pieces, mut pending) = (Vec::new(), 0u64);
         for d in &mut self.devices {
@@ -180,8 +181,9 @@ impl DeviceSet {
         Ok((pieces, pending))
     }
 
-    /// Returns the size of each device's section, without devices that report 0, for
-    /// [`SourceVm::estimate_state`](crate::vm::SourceVm::estimate_state).
+    /// Returns the size of each device's section for
+    /// [`SourceVm::estimate_state`](crate::vm::SourceVm::estimate_state), without devices that
+    /// report 0.
     pub fn estimates(&self) -> Vec<SectionEstimate> {
         let estimate = |d: &dyn Device| SectionEstimate {
             name: d.name().to_owned(),
@@ -194,7 +196,7 @@ impl DeviceSet {
     /// Quiesces all devices step by step: every device stops new work before the first one drains.
     ///
     /// # Errors
-    /// Fails with the error of the first device that fails.
+    /// Returns the error of the first device that fails.
     pub fn quiesce(&mut self) -> Result<(), VmError> {
         for step in [Quiesce::StopInitiating, Quiesce::Drain] {
             self.devices.iter_mut().try_for_each(|d| d.quiesce(step))?;
@@ -205,7 +207,7 @@ impl DeviceSet {
     /// Calls [`Device::resume`] of every device, even if one fails.
     ///
     /// # Errors
-    /// Fails with the error of the first device that failed.
+    /// Returns the error of the first device that failed.
     pub fn resume(&mut self) -> Result<(), VmError> {
         self.devices.iter_mut().map(|d| d.resume()).fold(Ok(()), Result::and)
     }
@@ -213,7 +215,7 @@ impl DeviceSet {
     /// Adds the section of every device to `state`.
     ///
     /// # Errors
-    /// Fails with the error of the first device that fails.
+    /// Returns the error of the first device that fails.
     pub fn save(&mut self, state: &mut VmState) -> Result<(), VmError> {
         for d in &mut self.devices {
             let data = d.save()?;
@@ -226,8 +228,8 @@ impl DeviceSet {
     /// Passes a piece of state to the device to which it belongs.
     ///
     /// # Errors
-    /// Fails if there is no such device, or if the device does not know the version or refuses the
-    /// piece.
+    /// Returns an error if there is no such device, or if the device does not know the version or
+    /// refuses the piece.
     pub fn load_piece(&mut self, piece: &Section) -> Result<(), VmError> {
         let device = self.devices.iter_mut().find(|d| d.name() == piece.name && d.instance() == piece.instance);
         match device {
@@ -240,8 +242,8 @@ impl DeviceSet {
     /// Loads every device from its section, in the order of this set.
     ///
     /// # Errors
-    /// Fails if a section is missing, has a version that the device does not know, or is refused by
-    /// the device.
+    /// Returns an error if a section is missing, has a version that the device does not know, or is
+    /// refused by the device.
     pub fn load(&mut self, state: &VmState) -> Result<(), VmError> {
         for d in &mut self.devices {
             let section = state
@@ -270,8 +272,8 @@ pub struct DeviceKind {
 }
 
 impl DeviceKind {
-    /// Returns the reason why `destination`, the devices there, cannot load the state of this
-    /// device, or `None` if it can.
+    /// Returns the reason why `destination`, the devices at the destination, cannot load the state
+    /// of this device, or `None` if they can.
     pub fn mismatch(&self, destination: &[DeviceKind]) -> Option<String> {
         let twin = destination.iter().find(|d| d.name == self.name && d.instance == self.instance);
         match twin {

@@ -1,5 +1,5 @@
-//! What a VMM implements: the VM at the source, the VM at the destination, the host that builds it,
-//! and its devices.
+//! The interfaces that a VMM implements: the VM at the source, the VM at the destination, the host
+//! that builds it, and its devices.
 
 mod description;
 mod destination;

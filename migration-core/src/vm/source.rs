@@ -19,10 +19,10 @@ use crate::{
 /// `pause` is followed by a `resume` or by `released`. After `released` the engine calls no method
 /// any more.
 pub trait SourceVm: Send {
-    /// Returns what the destination needs to build the same machine.
+    /// Returns the description from which the destination builds the same machine.
     ///
     /// # Errors
-    /// The migration fails.
+    /// Returns an error if the VM cannot be described. The migration then fails.
     fn describe(&mut self) -> Result<VmDescription, VmError>;
 
     /// Returns the guest's RAM.
@@ -31,66 +31,68 @@ pub trait SourceVm: Send {
     /// Returns the tracker of all writes to the RAM: by vCPUs, KVM, devices and the VMM.
     fn tracker(&mut self) -> &mut dyn DirtyTracker;
 
-    /// Returns the memory of a VM of which pages are in page stores, and that fetches those that the
-    /// guest touches. The default returns `None`: all of RAM is here.
+    /// Returns the memory of a VM that has pages in page stores and fetches them when the guest
+    /// touches them. The default returns `None`: all of RAM is here.
     ///
-    /// A strategy that [keeps](crate::strategy::Strategy::keeps_stored_pages) stored pages where they
-    /// are has only their locations sent. For all others the engine reads stored pages through a
-    /// buffer and sends them, so that they do not become resident.
+    /// If the strategy [keeps](crate::strategy::Strategy::keeps_stored_pages) stored pages in their
+    /// stores, only their locations are sent. For all other strategies the engine reads stored
+    /// pages through a buffer and sends them, so that they do not become resident.
     ///
     /// The contract of the VMM, from this call until the migration has ended:
-    /// 1. No page is evicted, and pages in mid-eviction are mapped back before this returns (rule
-    ///    22).
-    /// 2. A page that comes back is claimed in the map before the first byte of it is installed.
-    /// 3. After [`pause`](Self::pause) has returned, no page comes back until `resume`.
-    /// 4. Pages that VMM or KVM touch while they save the state are never in a store (rule 20).
+    /// 1. No page is evicted, and pages whose eviction is not complete are mapped again before this
+    ///    method returns (rule 22).
+    /// 2. A page that returns to RAM is claimed in the map before its first byte is installed.
+    /// 3. After [`pause`](Self::pause) has returned, no page returns to RAM until `resume`.
+    /// 4. Pages that the VMM or KVM touches while the state is saved are never in a store (rule
+    ///    20).
     fn paged_memory(&self) -> Option<Arc<PagedMemory>> {
         None
     }
 
     /// Adds to `into` the pages whose contents the guest does not need, because it has reported
-    /// them free (by a balloon or by free page reporting) and has not taken them back. The engine
-    /// does not send them: at the destination they read as zeros or as any older contents. The
-    /// default adds no page. Pages outside RAM are ignored.
+    /// them free (by a balloon or by free page reporting) and has not used them again since. The
+    /// engine does not send them: at the destination they read as zeros or as any older contents.
+    /// The default adds no page. Pages outside RAM are ignored.
     ///
     /// The contract with the guest: the contents of a free page are undefined, and may change from
     /// read to read, until the guest writes the page. The guest takes a page back *before* it first
     /// writes there, and both stores become visible in that order. (A guest that relies on the
     /// contents of free pages, for example one that poisons them, must not report them.)
     ///
-    /// Why it is safe to skip a page that is free *when the engine looks*, although the guest may
-    /// take it back at once:
-    /// 1. The engine looks after tracking has started, or after a harvest has returned.
-    /// 2. A write that counts comes after the guest took the page back, so it comes after the look.
+    /// Why it is safe to skip a page that is free *when the engine reads the report*, although the
+    /// guest may take it back at once:
+    /// 1. The engine reads the report after tracking has started, or after a harvest has returned.
+    /// 2. A write that matters comes after the guest took the page back, so it comes after the
+    ///    reading.
     /// 3. The next harvest therefore reports the page, and the engine sends it.
     ///
-    /// The look must not come before the harvest: if the guest took the page back and wrote it in
-    /// between, that harvest would report the page, and the engine would skip it because of a look
-    /// that is out of date. So the engine looks anew each time, in this order, and never keeps the
-    /// result.
+    /// The reading must not come before the harvest. Otherwise the guest could take the page back
+    /// and write it in between: that harvest would report the page, and the engine would skip it
+    /// because of a report that is out of date. So the engine reads the report anew each time, in
+    /// this order, and never keeps the result.
     ///
     /// A page that an earlier round has sent keeps its older contents at the destination.
     ///
     /// # Errors
-    /// The report cannot be read. The engine warns and sends all pages.
+    /// Returns an error if the report cannot be read. The engine then warns and sends all pages.
     fn free_pages(&mut self, into: &mut PageSet) -> Result<(), VmError> {
         let _ = into;
         Ok(())
     }
 
-    /// Adds to `into` the pages that the guest has read or written lately, for push orders that use
-    /// [heat](crate::strategy::PushOrder::begin). The default adds no page; migration-kvm has
-    /// `IdlePages`, which asks Linux.
+    /// Adds to `into` the pages that the guest has read or written recently, for push orders that
+    /// use [heat](crate::strategy::PushOrder::begin). The default adds no page. migration-kvm has
+    /// `IdlePages`, which gets them from Linux.
     ///
     /// The engine calls this once, while the guest runs, after the set-up and before it reads any
-    /// page. Sending a page references it, so later the accesses of the guest could not be told
-    /// from those of the engine. A VMM therefore begins to record references before the migration
-    /// begins, and only if the push order uses them, because recording costs time. The engine does
-    /// not call this if the destination cannot serve missing pages.
+    /// page. Sending a page references it, so later the accesses of the guest could not be
+    /// distinguished from those of the engine. A VMM therefore begins to record references before
+    /// the migration begins, and only if the push order uses them, because recording costs time.
+    /// The engine does not call this if the destination cannot load missing pages on demand.
     ///
     /// # Errors
-    /// The references are not known. They are a hint: the engine warns, and the order uses dirtied
-    /// pages alone. Pages outside RAM are ignored.
+    /// Returns an error if the references are not known. They are a hint: the engine warns, and the
+    /// order uses only dirtied pages. Pages outside RAM are ignored.
     fn referenced_pages(&mut self, into: &mut PageSet) -> Result<(), VmError> {
         let _ = into;
         Ok(())
@@ -101,13 +103,14 @@ pub trait SourceVm: Send {
     /// pause.
     ///
     /// # Errors
-    /// The RAM cannot be shared; the error names the backing that would be needed. The VM runs on.
-    /// The default returns an error.
+    /// Returns an error if the RAM cannot be shared; the error names the backing that would be
+    /// needed. The VM continues to run. The default returns an error.
     fn shared_ram(&self) -> Result<Vec<BorrowedFd<'_>>, VmError> {
         Err(VmError::new("this VMM does not share the RAM of its VMs: it would have to be in memory files (memfd)"))
     }
 
-    /// Returns the reason why the strategy of this name cannot migrate the VM, if there is one.
+    /// Returns the reason why the strategy named `strategy` cannot migrate the VM, or `None` if it
+    /// can.
     fn blocked(&self, strategy: &str) -> Option<String> {
         let _ = strategy;
         None
@@ -116,7 +119,7 @@ pub trait SourceVm: Send {
     /// Begins a migration. Devices whose state is sent in several steps start to record it.
     ///
     /// # Errors
-    /// The migration fails.
+    /// Returns an error if the VM cannot be migrated. The migration then fails.
     fn start(&mut self) -> Result<(), VmError> {
         Ok(())
     }
@@ -141,7 +144,8 @@ pub trait SourceVm: Send {
     /// number falls. A piece has at most [`STATE_CHUNK`](crate::wire::STATE_CHUNK) bytes.
     ///
     /// # Errors
-    /// The migration fails, and the guest runs on.
+    /// Returns an error if the state cannot be read. The migration then fails, and the guest
+    /// continues to run.
     fn iterate_state(&mut self, budget: usize) -> Result<(Vec<Section>, u64), VmError> {
         let _ = budget;
         Ok((Vec::new(), 0))
@@ -151,8 +155,9 @@ pub trait SourceVm: Send {
     /// more.
     ///
     /// # Errors
-    /// The engine calls `resume`. The error is [`VmError::ended`] if the guest has ended by itself,
-    /// because then there is nothing to move. A VMM that knows this earlier calls
+    /// Returns an error if the VM cannot be paused. The engine then calls `resume`. The error is
+    /// [`VmError::ended`] if the guest has ended by itself, because then there is nothing to move.
+    /// A VMM that knows this earlier calls
     /// [`Controller::vm_ended`](crate::engine::Controller::vm_ended).
     fn pause(&mut self) -> Result<(), VmError>;
 
@@ -160,28 +165,31 @@ pub trait SourceVm: Send {
     /// if the user had paused it before the migration.
     ///
     /// # Errors
-    /// The migration has failed already; the error is reported to the user.
+    /// Returns an error if the VM cannot be resumed. The migration has failed already; the error is
+    /// reported to the user.
     fn resume(&mut self) -> Result<(), VmError>;
 
-    /// Lets vCPUs run for only `100 - percent` per cent of the time, in slices too short for the
+    /// Lets the vCPUs run for only `100 - percent` percent of the time, in slices too short for the
     /// guest to notice gaps. 0 ends the throttle.
     ///
     /// # Errors
-    /// The migration fails, and the guest runs on.
+    /// Returns an error if the vCPUs cannot be throttled. The migration then fails, and the guest
+    /// continues to run.
     fn throttle(&mut self, percent: u8) -> Result<(), VmError>;
 
-    /// Returns the state of vCPUs, VM and devices, while the VM is paused. It may dirty guest
-    /// memory: the engine harvests afterwards.
+    /// Returns the state of vCPUs, VM and devices. Called while the VM is paused. It may dirty
+    /// guest memory: the engine harvests afterwards.
     ///
     /// # Errors
-    /// The migration fails, and the engine calls `resume`.
+    /// Returns an error if the state cannot be saved. The migration then fails, and the engine
+    /// calls `resume`.
     fn save_state(&mut self) -> Result<VmState, VmError>;
 
     /// Adds to `into` the pages that the vCPUs of `state`, which was just saved, touch as soon as
-    /// they run: code, stacks, and the page tables that map them. Post-copy sends them before the
-    /// hand-over, so that the guest does not begin with a series of faults. A hint: pages outside
-    /// RAM, and those after the first 128, are ignored. The default adds no page; migration-kvm has
-    /// `entry_pages`.
+    /// they run: code, stacks, and the page tables that map them. Post-copy sends these pages
+    /// before the hand-over, so that the guest does not begin with a series of faults. They are a
+    /// hint: pages outside RAM, and all but the first 128, are ignored. The default adds no page.
+    /// migration-kvm has `entry_pages`.
     fn entry_pages(&mut self, state: &VmState, into: &mut PageSet) {
         let _ = (state, into);
     }
@@ -192,19 +200,20 @@ pub trait SourceVm: Send {
         true
     }
 
-    /// From this call on the VM may run at the destination, because *run* is about to be sent. It
-    /// must never run here again. A VMM gives up its disk locks here.
+    /// Informs the VMM that from this call on the VM may run at the destination, because *run* is
+    /// about to be sent. The VM must never run here again. A VMM releases its disk locks here.
     fn owner_in_doubt(&mut self) {}
 
-    /// Returns what a [`Fence`](crate::fence::Fence) at the destination needs to end this host's
-    /// instance of the VM. See [`DestinationVm::identity`](super::DestinationVm::identity).
+    /// Returns the information that a [`Fence`](crate::fence::Fence) at the destination needs to
+    /// end this host's instance of the VM. See
+    /// [`DestinationVm::identity`](super::DestinationVm::identity).
     fn identity(&self) -> Bytes {
         Bytes::new()
     }
 
-    /// The VM belongs to the destination for certain: the VMM frees it. If its RAM is
-    /// [shared](Self::shared_ram), the destination goes on using it: the VMM may unmap it, but must
-    /// neither write nor discard it.
+    /// Informs the VMM that the destination owns the VM for certain: the VMM frees it. If its RAM
+    /// is [shared](Self::shared_ram), the destination continues to use the RAM: the VMM may unmap
+    /// it, but must neither write nor discard it.
     fn released(&mut self);
 
     /// Takes back the VM as a new owner, because the destination is dead for certain (a
@@ -215,7 +224,8 @@ pub trait SourceVm: Send {
     /// Called after [`owner_in_doubt`](Self::owner_in_doubt).
     ///
     /// # Errors
-    /// The VM is lost. The default returns an error.
+    /// Returns an error if the VM cannot be restarted. The VM is then lost. The default returns an
+    /// error.
     fn restart(&mut self, state: &VmState) -> Result<(), VmError> {
         let _ = state;
         Err(VmError::new("this VMM does not restart VMs from checkpoints"))

@@ -23,8 +23,8 @@ impl Section {
         w.text(&self.name).u32(self.instance).u32(self.version).blob(&self.data);
     }
 
-    /// Reads a piece of device state that was saved while the guest ran. Its data has at most
-    /// `max_bytes` bytes.
+    /// Decodes a piece of device state that was saved while the guest ran. The piece has at most
+    /// `max_bytes` bytes of data.
     pub(crate) fn decode_piece(r: &mut Reader<'_>, max_bytes: usize) -> Result<Self, DecodeError> {
         Ok(Self {
             name: r.text(MAX_SECTION_NAME, "piece name")?,
@@ -43,7 +43,7 @@ pub struct VmState {
 }
 
 impl VmState {
-    /// Returns the section of this name and instance.
+    /// Returns the section with this name and instance, or `None` if there is none.
     pub fn find(&self, name: &str, instance: u32) -> Option<&Section> {
         self.sections.iter().find(|s| s.name == name && s.instance == instance)
     }
@@ -63,11 +63,11 @@ impl VmState {
         w.into_bytes()
     }
 
-    /// Decodes what [`encode`](VmState::encode) returned.
+    /// Decodes a state that [`encode`](VmState::encode) encoded.
     ///
     /// # Errors
-    /// Fails if a length is above its limit, a section appears twice, the bytes end too early, or
-    /// bytes are left.
+    /// Returns an error if a length is above its limit, a section appears twice, the bytes end too
+    /// early, or bytes are left.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         if bytes.len() > MAX_STATE {
             return Err(DecodeError::TooLong { field: "state", len: bytes.len() as u64, limit: MAX_STATE as u64 });
