@@ -1,4 +1,4 @@
-//! The clock by which a store counts its leases.
+//! The clock of a store's leases.
 
 use std::{
     sync::Mutex,
@@ -7,10 +7,10 @@ use std::{
 
 use crate::lock::lock;
 
-/// Reads the clock of a store. All users of one store have to read the same clock.
+/// The clock of a store. All users of one store have to read the same clock.
 pub trait Clock: Send + Sync {
-    /// Returns the time since a fixed moment. It should not go back: leases then end later than
-    /// they should.
+    /// Returns the time since a fixed moment. The time should not go back: otherwise leases end too
+    /// late.
     fn now(&self) -> Duration;
 }
 
@@ -32,14 +32,14 @@ impl Clock for ProcessClock {
     }
 }
 
-/// A clock that stands still until it is moved, for tests and for simulations.
+/// A clock that changes only when it is advanced, for tests and for simulations.
 #[derive(Debug, Default)]
 pub struct ManualClock {
     now: Mutex<Duration>,
 }
 
 impl ManualClock {
-    /// Moves the clock forward. It stays at the largest [`Duration`] instead of overflowing.
+    /// Advances the clock. It stays at the largest [`Duration`] instead of overflowing.
     pub fn advance(&self, by: Duration) {
         let mut now = lock(&self.now);
         *now = now.saturating_add(by);

@@ -1,4 +1,4 @@
-//! How a page store fails.
+//! The errors of page stores.
 
 use std::{
     io::{self, ErrorKind},
@@ -12,11 +12,11 @@ use super::{
     name::NamespaceId,
 };
 
-/// Why a page store did not do what it was asked.
+/// The reason why a page store did not carry out a call.
 ///
-/// What it displays does not repeat its cause: print the chain of
+/// The displayed text does not include the cause: print the chain of
 /// [`source`](std::error::Error::source)s. [`can_retry`](Self::can_retry) says whether the same
-/// call can succeed later by itself.
+/// call can succeed later without any action.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum StoreError {
@@ -24,34 +24,34 @@ pub enum StoreError {
     /// caller treats all pages of the namespace as lost in this store.
     #[error("the store has no namespace {0}")]
     Absent(NamespaceId),
-    /// The namespace was forgotten, and cannot be created again. Make another name.
+    /// The namespace was forgotten, and cannot be created again. Use another name.
     #[error("namespace {0} was forgotten: it cannot be created again")]
     Forgotten(NamespaceId),
-    /// The namespace exists, and is of another VM or for another purpose. Make another name.
+    /// The namespace exists, and belongs to another VM or has another purpose. Use another name.
     #[error("namespace {0} exists, and belongs to something else")]
     Occupied(NamespaceId),
     /// The namespace's record names another VM than the caller's (rule 24). Nothing was done. The
-    /// caller treats whoever has named the namespace as hostile.
+    /// caller treats the peer that has named the namespace as hostile.
     #[error("namespace {0} is of another VM")]
     OtherVm(NamespaceId),
-    /// The store was made with another choice than the one that it is opened with. Open it as its
-    /// other users do.
+    /// The store was made with an option that differs from the one with which it is opened. Open it
+    /// with the option that its other users have.
     #[error("{store} was made {made}, and is opened {opened}")]
     OtherOptions {
-        /// The store.
+        /// The name of the store.
         store: String,
-        /// What was chosen when it was made.
+        /// The option that was chosen when the store was made.
         made: &'static str,
-        /// What is chosen now.
+        /// The option that is chosen now.
         opened: &'static str,
     },
-    /// Some of the pages are not in the store in this generation. The others were handed out. The
+    /// Some of the pages are not in the store in this generation. The others were returned. The
     /// caller asks the next store that has the pages.
     #[error("{count} pages of namespace {namespace} are missing, the first of them is page {first}")]
     Missing {
         /// The namespace.
         namespace: NamespaceId,
-        /// How many pages are missing.
+        /// The number of missing pages.
         count: u64,
         /// The lowest number of a missing page.
         first: u64,
@@ -59,38 +59,38 @@ pub enum StoreError {
     /// There is not enough room for the put, none of which was stored. Put the pages elsewhere.
     #[error("the store has room for {room} bytes, and {needed} are needed")]
     NoRoom {
-        /// Bytes that the put needs.
+        /// The number of bytes that the put needs.
         needed: u64,
-        /// Bytes that the store has.
+        /// The number of free bytes of the store.
         room: u64,
     },
-    /// The store keeps as many of these as it may.
+    /// The store has the largest permitted number of these objects.
     #[error("the store has {limit} {what} already, the most that it keeps")]
     TooMany {
-        /// What there is too much of.
+        /// The objects of which there are too many.
         what: &'static str,
-        /// How many are kept.
+        /// The largest permitted number.
         limit: usize,
     },
-    /// More pages than a put or get may have, or the pages do not ascend.
+    /// A request has no page or more pages than a put or get may have, or its pages do not ascend.
     #[error("a request is for 1 to {MAX_RUN_PAGES} pages in strictly ascending order, not {0}")]
     BadRun(String),
-    /// A value is empty or larger than a store takes.
+    /// A value is empty, or larger than a store accepts.
     #[error("a value of {len} bytes for page {page}: a value has 1 to {MAX_VALUE_BYTES}")]
     BadValue {
         /// The page.
         page: u64,
-        /// Length of the value in bytes.
+        /// The length of the value in bytes.
         len: usize,
     },
-    /// The value has nothing but zeros. Zero pages never go to a store (rule 3).
+    /// All bytes of the value are zero. Zero pages are never put into a store (rule 3).
     #[error("page {0} has only zeros: its location is Zero, and it does not go to a store")]
     Zeros(u64),
     /// The lease is zero or too long.
     #[error("a lease of {0:?}: a lease is above zero, and at most {MAX_LEASE:?}")]
     BadLease(Duration),
-    /// This wrapper was not given the name of the namespace, or not for this VM, and so has no key
-    /// for it.
+    /// The wrapper has no key for the namespace, because it was not given the name of the
+    /// namespace, or was given it for another VM.
     #[error("there is no key for namespace {0}: its name is not known here, or it is of another VM")]
     NoKey(NamespaceId),
     /// A value could not be sealed.
@@ -98,39 +98,38 @@ pub enum StoreError {
     Seal {
         /// The page.
         page: u64,
-        /// Why not.
+        /// The reason why the page cannot be sealed.
         #[source]
         cause: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// The deadline has passed. Pages that were handed out before are good.
+    /// The deadline has passed. Pages that were returned before are valid.
     #[error("the store did not answer before the deadline")]
     TimedOut,
-    /// What the store keeps makes no sense: it is damaged, or something else has written it.
+    /// The store's data is damaged, or another program has written it.
     #[error("{what} is damaged")]
     Damaged {
-        /// What is damaged, with its file if it has one.
+        /// The damaged object, with its file if it has one.
         what: String,
-        /// What is wrong with it.
+        /// The kind of damage.
         #[source]
         cause: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// The store, or the way to it, failed.
+    /// The store, or the connection to it, failed.
     #[error("the store failed: {step}")]
     Io {
-        /// What was tried, with the file or the address.
+        /// The step that failed, with the file or the address.
         step: String,
-        /// What the system says.
+        /// The error of the operating system.
         #[source]
         cause: io::Error,
     },
 }
 
 impl StoreError {
-    /// Concludes a `get` that has left these pages out: [`Missing`](Self::Missing), unless there
-    /// are none.
+    /// Returns the result of a `get` that has left out `pages`: `Ok` if there are none.
     ///
     /// # Errors
-    /// Returns [`StoreError::Missing`].
+    /// Returns [`StoreError::Missing`] if pages were left out.
     pub fn left_out(namespace: NamespaceId, pages: impl IntoIterator<Item = u64>) -> Result<(), Self> {
         let mut pages = pages.into_iter();
         let Some(first) = pages.next() else { return Ok(()) };
@@ -138,7 +137,7 @@ impl StoreError {
         Err(Self::Missing { namespace, count, first })
     }
 
-    /// Returns whether the same call can succeed later without anybody's action: the store did not
+    /// Returns whether the same call can succeed later without any action: the store did not
     /// answer, or the connection was lost. A put whose outcome is unknown must be repeated under a
     /// new generation.
     pub fn can_retry(&self) -> bool {
@@ -165,7 +164,8 @@ impl StoreError {
         }
     }
 
-    /// Returns a function that makes an error of an I/O error. `step` says what was tried.
+    /// Returns a function that converts an I/O error into an error of this type. `step` says what
+    /// failed.
     pub fn io(step: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         move |cause| Self::Io { step: step.into(), cause }
     }

@@ -1,6 +1,7 @@
-//! Page stores: where pages of a VM can be kept outside the RAM of its source and its destination.
+//! Page stores, in which pages of a VM can be kept outside the RAM of its source and its
+//! destination.
 //!
-//! A store keeps pages for several users on several hosts. Its pages lie in *namespaces*. One
+//! A store keeps pages for several users on several hosts. Its pages are in *namespaces*. One
 //! process, and no other, puts pages into a namespace, and others read them by namespace, page and
 //! generation. The numbered rules that a store keeps are those of the design, see `docs/stores.md`.
 //!
@@ -76,38 +77,40 @@ pub use versions::{MemoryVersions, PageContent, VersionStore, check_version_read
 
 use crate::vm_id::VmId;
 
-/// Keeps pages for several users on several hosts.
+/// A store of pages for several users on several hosts.
 ///
 /// Every implementation keeps these rules, which the conformance suite checks:
 ///
-/// - Rule 3: a value is handed out only if VM, page, generation and checksum agree with its
-///   trailer. Otherwise the page is missing. It is never zeros, and zeros are never put.
-/// - Rule 8: no call asks a store who the owner of a VM is. The owner in a record is for people
-///   only.
+/// - Rule 3: a value is returned only if VM, page, generation and checksum agree with its trailer.
+///   Otherwise the page is missing. A missing page is never returned as zeros, and zeros are never
+///   put.
+/// - Rule 8: no call depends on who the owner of a VM is. The owner in a record is only information
+///   for people.
 /// - Rule 9: a namespace keeps the newest put of each page and is forgotten as a whole.
 /// - Rule 10: a put never replaces a newer generation. A put into a namespace that is absent fails
 ///   and never creates it. An id that was forgotten cannot be created again for one lease.
-/// - Rule 11: `create`, `put` and `renew` return the present incarnation. A store of several servers
-///   may have another one for each namespace.
-/// - Rule 14: a lease that has ended deletes nothing. Whoever forgets, does so by a call.
+/// - Rule 11: `create`, `put` and `renew` return the present incarnation. A store of several
+///   servers may have another incarnation for each namespace.
+/// - Rule 14: the end of a lease deletes nothing. A namespace is deleted only by a call of
+///   `forget`.
 /// - Rule 24: a namespace is written, read, renewed or forgotten only for the VM that its record
-///   names. The store compares, so that no caller can forget to.
+///   names. The store compares the VMs, so no caller can forget to do so.
 ///
 /// A call blocks until the store has answered. An implementation holds no lock while it calls
-/// `take`, and bounds everything that comes from outside: see [`limits`].
+/// `take`, and bounds all input from other processes: see [`limits`].
 pub trait PageStore: Send + Sync {
-    /// Returns the name under which both sides have configured the store. It is never an address:
-    /// no peer may make a host connect to where the peer likes.
+    /// Returns the name under which both sides have configured the store. It is never an address: a
+    /// peer must not be able to make a host connect to an address that the peer chooses.
     fn name(&self) -> &str;
 
-    /// Returns about how many more bytes the store can take, the overhead of each page included. 0
-    /// if it does not know.
+    /// Returns the approximate number of bytes that the store can still accept, including the
+    /// overhead of each page. Returns 0 if the store does not know.
     fn room(&self) -> u64;
 
-    /// Learns the name of a namespace that this process is about to use, for the VM `vm`. A user of
-    /// the store calls this before it creates, writes or reads the namespace.
+    /// Introduces a namespace that this process is about to use for the VM `vm`. A user of the
+    /// store calls this before it creates, writes or reads the namespace.
     ///
-    /// A store needs only ids: the default does nothing. A wrapper that seals pages derives the
+    /// A store needs only ids, so the default does nothing. A wrapper that seals pages derives the
     /// namespace's key from the name (rule 24). The call may be repeated with the same arguments.
     ///
     /// # Errors
@@ -118,54 +121,56 @@ pub trait PageStore: Send + Sync {
         Ok(())
     }
 
-    /// Forgets the name of a namespace that this process does not use any more. The namespace itself
-    /// stays in the store.
+    /// Removes the name of a namespace that this process does not use any more. The namespace
+    /// itself stays in the store.
     fn dismiss(&self, namespace: NamespaceId) {
         let _ = namespace;
     }
 
-    /// Creates a namespace. `record` says whose it is. Returns the present incarnation.
+    /// Creates a namespace for the VM and the purpose of `record`. Returns the present incarnation.
     ///
-    /// A repeated call with the same VM and purpose succeeds and changes nothing but the lease,
-    /// which it never shortens: the answer to the first call may have been lost.
+    /// A repeated call with the same VM and purpose succeeds, because the answer to the first call
+    /// may have been lost. It changes nothing but the lease, which it never shortens.
     ///
     /// # Errors
     /// Returns [`StoreError::Forgotten`] if the id was forgotten, [`StoreError::Occupied`] if the
-    /// namespace exists with another VM or purpose, [`StoreError::TooMany`],
-    /// [`StoreError::BadLease`], or what the store's medium says.
+    /// namespace exists with another VM or purpose, [`StoreError::TooMany`] if the store has too
+    /// many namespaces, [`StoreError::BadLease`], or an error of the store's medium.
     fn create(&self, namespace: NamespaceId, record: &Record, lease: Duration) -> Result<Incarnation, StoreError>;
 
-    /// Lets the lease end no earlier than `lease` from now, and records `owner` as who answers for
-    /// the namespace. Returns the present incarnation. A lease that has ended can be renewed.
+    /// Extends the lease so that it ends no earlier than `lease` from now, and records `owner` as
+    /// responsible for the namespace. Returns the present incarnation. A lease that has ended can
+    /// be renewed.
     ///
     /// # Errors
     /// Returns [`StoreError::Absent`] if there is no such namespace, which counts as a changed
-    /// incarnation; [`StoreError::OtherVm`], [`StoreError::BadLease`], or what the store's medium
-    /// says.
+    /// incarnation; [`StoreError::OtherVm`], [`StoreError::BadLease`], or an error of the store's
+    /// medium.
     fn renew(&self, namespace: VmNamespace, owner: Owner, lease: Duration) -> Result<Incarnation, StoreError>;
 
-    /// Puts pages, which ascend by page number, under one generation.
+    /// Puts pages under one generation. The pages must ascend by page number.
     ///
-    /// A page of which the namespace has a newer generation stays as it is; [`Stored::taken`] says
-    /// which. For each page the comparison and the replacement are one step. A put of the
-    /// generation that is already there is a repetition, and counts as taken.
+    /// A page of which the namespace has a newer generation does not change; [`Stored::taken`]
+    /// reports these pages. For each page the comparison and the replacement are one atomic step. A
+    /// put of the generation that is already there is a repetition, and counts as taken.
     ///
     /// # Errors
-    /// Returns [`StoreError::Absent`] if there is no such namespace: nothing is created then.
-    /// Returns [`StoreError::OtherVm`] if it is of another VM. Returns [`StoreError::NoRoom`] if
-    /// nothing was stored for lack of room, and the errors of [`check_put`]. After any other error
-    /// the outcome is unknown: each of the pages may have been stored. The caller then repeats the
-    /// put under a new generation.
+    /// Returns [`StoreError::Absent`] if there is no such namespace; nothing is created then.
+    /// Returns [`StoreError::OtherVm`] if the namespace belongs to another VM. Returns
+    /// [`StoreError::NoRoom`] if nothing was stored for lack of room, and the errors of
+    /// [`check_put`]. After any other error the outcome is unknown: each of the pages may have been
+    /// stored. The caller then repeats the put under a new generation.
     fn put(&self, namespace: VmNamespace, generation: u32, pages: &[PageToPut<'_>]) -> Result<Stored, StoreError>;
 
-    /// Reads pages, which ascend by page number, and hands each of them to `take` once, in any
-    /// order. A page that is not there in the wanted generation is left out.
+    /// Reads pages, and passes each of them to `take` once, in any order. `pages` must ascend by
+    /// page number. A page that the store does not have in the requested generation is left out.
     ///
     /// # Errors
-    /// Returns [`StoreError::Missing`] if pages were left out, after all others were handed out;
-    /// [`StoreError::Absent`] if there is no such namespace; [`StoreError::OtherVm`] if it is of
-    /// another VM; [`StoreError::TimedOut`] if `deadline` has passed; the errors of [`check_get`],
-    /// or what the store's medium says. What was handed out before an error is good.
+    /// Returns [`StoreError::Missing`] if pages were left out, after all others were passed to
+    /// `take`; [`StoreError::Absent`] if there is no such namespace; [`StoreError::OtherVm`] if it
+    /// belongs to another VM; [`StoreError::TimedOut`] if `deadline` has passed; the errors of
+    /// [`check_get`], or an error of the store's medium. Pages that were passed to `take` before an
+    /// error are valid.
     fn get(
         &self,
         namespace: VmNamespace,
@@ -175,10 +180,10 @@ pub trait PageStore: Send + Sync {
         take: &mut dyn FnMut(u64, PageData<'_>),
     ) -> Result<(), StoreError>;
 
-    /// Returns whose the namespace is, or `None` if the store has no such namespace.
+    /// Returns the record of the namespace, or `None` if the store has no such namespace.
     ///
     /// # Errors
-    /// Returns what the store's medium says.
+    /// Returns an error of the store's medium.
     fn record(&self, namespace: NamespaceId) -> Result<Option<Record>, StoreError>;
 
     /// Removes a namespace with all its pages, and remembers its id for one lease. An id that the
@@ -186,20 +191,20 @@ pub trait PageStore: Send + Sync {
     /// be on its way.
     ///
     /// # Errors
-    /// Returns [`StoreError::OtherVm`] if the namespace is of another VM, and removes nothing then.
-    /// Returns [`StoreError::TooMany`] if too many ids are remembered, or what the store's medium
-    /// says. The namespace may then still be there.
+    /// Returns [`StoreError::OtherVm`] if the namespace belongs to another VM, and removes nothing
+    /// then. Returns [`StoreError::TooMany`] if too many ids are remembered, or an error of the
+    /// store's medium. The namespace may then still be there.
     fn forget(&self, namespace: VmNamespace) -> Result<(), StoreError>;
 
     /// Returns the namespaces whose lease has ended, in ascending order, with their records. They
-    /// stay until somebody forgets them.
+    /// stay until they are forgotten.
     ///
     /// # Errors
-    /// Returns what the store's medium says.
+    /// Returns an error of the store's medium.
     fn expired(&self) -> Result<Vec<(NamespaceId, Record)>, StoreError>;
 }
 
-/// Compiles and runs the example of that page.
+/// Compiles and runs the example of the page `docs/stores.md`.
 #[cfg(doctest)]
 #[doc = include_str!("../../../docs/stores.md")]
 struct StoresPage;

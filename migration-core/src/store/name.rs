@@ -1,4 +1,4 @@
-//! Names of namespaces, and what a store records about each of them.
+//! Names of namespaces, and the record that a store keeps for each of them.
 
 use std::{
     fmt,
@@ -14,13 +14,13 @@ use crate::{
     vm_id::VmId,
 };
 
-/// What the derivation of an id begins with, so that no other hash of a name is an id.
+/// The prefix of the hash input for an id, so that no other hash of a name is an id.
 const ID_LABEL: &[u8] = b"live migration, id of a namespace, version 1";
 
-/// The secret name of a namespace: 16 random bytes that its writer has made.
+/// The secret name of a namespace: 16 random bytes that the writer of the namespace has generated.
 ///
-/// Whoever has the name may read the pages (rule 24): a wrapper that seals pages derives its key
-/// from the name. The name travels only inside a migration session. It has no `Display`, its
+/// A process that has the name may read the pages (rule 24): a wrapper that seals pages derives its
+/// key from the name. The name is sent only inside a migration session. It has no `Display`, its
 /// `Debug` form shows the id instead, and its bytes are overwritten when it is dropped.
 ///
 /// ```
@@ -34,8 +34,8 @@ pub struct Namespace(Zeroizing<[u8; 16]>);
 impl ZeroizeOnDrop for Namespace {}
 
 impl Namespace {
-    /// Makes a name of 16 bytes, which must be as random as a key.
-    /// `migration_crypto::random_namespace` takes them from the operating system.
+    /// Returns the name with these 16 bytes, which must be as random as a key.
+    /// `migration_crypto::random_namespace` gets them from the operating system.
     pub fn new(secret: [u8; 16]) -> Self {
         Self(Zeroizing::new(secret))
     }
@@ -45,8 +45,8 @@ impl Namespace {
         &self.0
     }
 
-    /// Returns the id under which stores know the namespace: the first 16 bytes of a SHA-256. The
-    /// name cannot be computed from it.
+    /// Returns the id under which stores know the namespace: the first 16 bytes of a SHA-256 hash.
+    /// The name cannot be computed from the id.
     pub fn id(&self) -> NamespaceId {
         let hash = Sha256::new().chain_update(ID_LABEL).chain_update(self.secret()).finalize();
         let mut id = [0; 16];
@@ -54,7 +54,8 @@ impl Namespace {
         NamespaceId(id)
     }
 
-    /// Returns how a store is asked for this namespace, by whoever has the VM `vm`.
+    /// Returns the reference to this namespace with which a process that has the VM `vm` calls a
+    /// store.
     pub fn of(&self, vm: VmId) -> VmNamespace {
         VmNamespace { id: self.id(), vm }
     }
@@ -66,7 +67,7 @@ impl fmt::Debug for Namespace {
     }
 }
 
-/// Identifies a namespace towards a store. It is derived from the [`Namespace`] and is no secret.
+/// The identity of a namespace in a store. It is derived from the [`Namespace`] and is not secret.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NamespaceId(pub [u8; 16]);
 
@@ -77,27 +78,28 @@ impl fmt::Display for NamespaceId {
     }
 }
 
-/// How a store is asked for a namespace: which one, and for which VM.
+/// A reference to a namespace in a call of a store: its id, and the VM of the caller.
 ///
-/// A store does what it is asked only if the namespace's record names this VM (rule 24). Whoever
-/// was told a name by a peer takes the VM from the session's hello, and not from the peer's message
-/// about the name. So nobody can have the pages of another VM read, renewed or forgotten.
+/// A store carries out a call only if the namespace's record names this VM (rule 24). A process
+/// that has received a name from a peer takes the VM from the session's hello, and not from the
+/// peer's message about the name. So a peer cannot make another process read, renew or forget the
+/// pages of another VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct VmNamespace {
-    /// Which namespace it is.
+    /// The id of the namespace.
     pub id: NamespaceId,
     /// The VM of the caller.
     pub vm: VmId,
 }
 
-/// A random value that a store keeps for as long as it has lost nothing (rule 11).
+/// A random value that a store keeps as long as it has lost nothing (rule 11).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Incarnation(pub [u8; 16]);
 
 impl Incarnation {
-    /// Returns an incarnation that no other store has, but for a collision of 128 bits. An
-    /// incarnation is no secret: the generator is the one that seeds the hash maps of the standard
-    /// library.
+    /// Returns an incarnation that no other store has, except by a collision of 128 bits. An
+    /// incarnation is not secret, so the generator that seeds the hash maps of the standard library
+    /// is used.
     pub fn random() -> Self {
         let half = || RandomState::new().hash_one(ID_LABEL).to_le_bytes();
         let mut bytes = [0; 16];
@@ -114,11 +116,11 @@ impl fmt::Display for Incarnation {
     }
 }
 
-/// Who answers for a namespace, in words for a person who looks at an expired one: for example the
-/// host and the process, and the epoch of the attempt.
+/// The party that is responsible for a namespace, as a text for a person who looks at an expired
+/// namespace: for example the host and the process, and the epoch of the attempt.
 ///
-/// No store and no peer compares it (rule 8). It has 1 to 64 printable ASCII characters, so that it
-/// can be shown on a terminal whoever has written it.
+/// No store and no peer compares the text (rule 8). It has 1 to 64 printable ASCII characters, so
+/// that it can be shown on a terminal even if it comes from an untrusted process.
 ///
 /// ```
 /// use migration_core::store::Owner;
@@ -130,24 +132,24 @@ impl fmt::Display for Incarnation {
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Owner {
     len: u8,
-    /// Zeros follow the text.
+    /// The text, followed by zeros.
     text: [u8; Owner::MAX_BYTES],
 }
 
-/// A text that is no [`Owner`].
+/// The error that a text is not a valid [`Owner`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[error("the owner of a namespace is 1 to 64 printable ASCII characters")]
 pub struct BadOwner;
 
 impl Owner {
-    /// Most characters.
+    /// The largest number of characters.
     pub const MAX_BYTES: usize = 64;
 
-    /// Makes an owner of a text.
+    /// Returns the owner with this text.
     ///
     /// # Errors
-    /// Returns [`BadOwner`] if the text is empty, too long, or has other characters than printable
-    /// ASCII.
+    /// Returns [`BadOwner`] if the text is empty, is too long, or has characters other than
+    /// printable ASCII.
     pub const fn new(text: &str) -> Result<Self, BadOwner> {
         let bytes = text.as_bytes();
         if bytes.is_empty() || bytes.len() > Self::MAX_BYTES {
@@ -167,11 +169,11 @@ impl Owner {
 
     /// Returns the text.
     pub fn as_str(&self) -> &str {
-        // it was ASCII when this was made
+        // the text was ASCII when the owner was made
         self.text.get(..self.len.into()).and_then(|text| str::from_utf8(text).ok()).unwrap_or_default()
     }
 
-    /// Reads the form in which stores keep an owner.
+    /// Decodes the form in which stores keep an owner. Returns `None` if the text is not valid.
     fn decode(len: u8, text: [u8; Self::MAX_BYTES]) -> Option<Self> {
         let owner = Self::new(str::from_utf8(text.get(..len.into())?).ok()?).ok()?;
         (owner.text == text).then_some(owner)
@@ -191,7 +193,7 @@ impl fmt::Debug for Owner {
     }
 }
 
-/// What a namespace is for.
+/// The purpose of a namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Purpose {
@@ -199,7 +201,7 @@ pub enum Purpose {
     Home,
     /// A copy of a VM that is kept ready.
     Stage,
-    /// What one attempt to migrate puts into the store.
+    /// Pages that one attempt to migrate puts into the store.
     Attempt,
 }
 
@@ -232,20 +234,21 @@ impl fmt::Display for Purpose {
     }
 }
 
-/// Whose a namespace is.
+/// The record of a namespace: the VM to which it belongs, its purpose and its owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Record {
-    /// The VM whose pages it has. A namespace is written, read, renewed or forgotten only by
-    /// whoever has this VM (rule 24); the store compares.
+    /// The VM to which the pages belong. A namespace is written, read, renewed or forgotten only by
+    /// a process that has this VM (rule 24); the store compares the VMs.
     pub vm: VmId,
-    /// What it is for.
+    /// The purpose of the namespace.
     pub purpose: Purpose,
-    /// Who answers for it: its maker, and from the first renewal on whoever renewed it last.
+    /// The party responsible for the namespace: its creator, and after a renewal the owner that the
+    /// last renewal named.
     pub owner: Owner,
 }
 
 impl Record {
-    /// Length in bytes of an encoded record.
+    /// The length of an encoded record in bytes.
     pub const BYTES: usize = 16 + 1 + 1 + Owner::MAX_BYTES;
 
     /// Returns the record in the form in which stores keep it.
@@ -257,10 +260,10 @@ impl Record {
         bytes
     }
 
-    /// Reads a record that [`encode`](Self::encode) made.
+    /// Decodes a record that [`encode`](Self::encode) encoded.
     ///
     /// # Errors
-    /// Returns [`DecodeError`] if the bytes are no record.
+    /// Returns [`DecodeError`] if the bytes are not a valid record.
     pub fn decode(bytes: &[u8; Self::BYTES]) -> Result<Self, DecodeError> {
         let mut reader = Reader::new(bytes);
         let vm = VmId(reader.array("VM")?);
@@ -272,7 +275,7 @@ impl Record {
         Ok(Self { vm, purpose, owner })
     }
 
-    /// Returns whether `other` is of the same VM and for the same purpose. The owner may differ: a
+    /// Returns whether `other` has the same VM and the same purpose. The owner may differ: a
     /// repeated `create` can arrive after a renewal by the next owner.
     pub fn same_namespace(&self, other: &Self) -> bool {
         self.vm == other.vm && self.purpose == other.purpose
@@ -308,7 +311,7 @@ mod tests {
             assert_eq!(Record::decode(&record.encode()).unwrap(), record);
         }
         let good = Record { vm: VmId([3; 16]), purpose: Purpose::Home, owner: owner() }.encode();
-        // the purpose, the length of the owner, its text, and what follows its text
+        // bad purposes, bad lengths of the owner, a bad text, and bytes after its text
         for (at, bad) in [(16, 0), (16, 4), (16, 255), (17, 0), (17, 65), (17, 255), (18, 0x1b), (18, 0x80), (81, b'x')]
         {
             let mut bytes = good;

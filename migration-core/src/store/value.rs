@@ -1,4 +1,5 @@
-//! What is put into a store and comes out of it, and the trailer that proves what a value is.
+//! The values that are put into a store and read from it, and the trailer that proves the identity
+//! of a value.
 
 use std::{ops::Range, time::Duration};
 
@@ -14,69 +15,69 @@ use crate::{PAGE_SIZE, page::MAX_PAGES, vm_id::VmId};
 /// A page to be put into a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageToPut<'a> {
-    /// Its page number.
+    /// The number of the page.
     pub page: u64,
-    /// Its value: a page, or what a wrapper made of one. 1 to [`MAX_VALUE_BYTES`] bytes, not all of
-    /// them zero.
+    /// The value of the page: its content, or what a wrapper made of it. 1 to [`MAX_VALUE_BYTES`]
+    /// bytes, not all of them zero.
     pub value: &'a [u8],
 }
 
 /// A page to be read from a store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PageToGet {
-    /// Its page number.
+    /// The number of the page.
     pub page: u64,
-    /// The generation of the put that has stored it. A value of any other generation is not handed
-    /// out.
+    /// The generation of the put that has stored the page. A value of any other generation is not
+    /// returned.
     pub generation: u32,
 }
 
-/// A value that a store hands out. Its trailer was checked.
+/// A value that a store returns. Its trailer was checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageData<'a>(&'a [u8]);
 
 impl<'a> PageData<'a> {
-    /// Wraps a value whose trailer was checked.
+    /// Returns the page data of a value whose trailer was checked.
     pub fn new(value: &'a [u8]) -> Self {
         Self(value)
     }
 
-    /// Returns the value, as it was put: at most [`MAX_VALUE_BYTES`] bytes.
+    /// Returns the value as it was put: at most [`MAX_VALUE_BYTES`] bytes.
     pub fn bytes(self) -> &'a [u8] {
         self.0
     }
 
-    /// Returns the value if it is exactly a page.
+    /// Returns the value if its length is exactly that of a page.
     pub fn page(self) -> Option<&'a [u8; PAGE_SIZE]> {
         self.0.try_into().ok()
     }
 }
 
-/// How much a get matters.
+/// The urgency of a get.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Urgency {
-    /// A vCPU waits for the page. It bypasses rate limits and never waits for a prefetch.
+    /// A vCPU waits for the page. The get bypasses rate limits and never waits for a prefetch.
     Fault,
     /// The page will be needed later.
     Prefetch,
 }
 
-/// What a put did.
+/// The result of a put.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stored {
-    /// The present incarnation of the store. If it is not the one of `create`, pages that were put
-    /// before may be lost.
+    /// The present incarnation of the store. If it differs from the one that `create` returned,
+    /// pages that were put before may be lost.
     pub incarnation: Incarnation,
-    /// For each page of the put, in its order: whether the store now has it in the generation of
-    /// the put. `false` means that the store has a newer generation.
+    /// For each page of the put, in its order: whether the store now has the page in the generation
+    /// of the put. `false` means that the store has a newer generation.
     pub taken: Vec<bool>,
 }
 
-/// Proves that a value is the one of a VM, a page and a generation (rule 3).
+/// The proof that a value belongs to a VM, a page and a generation (rule 3).
 ///
 /// A store keeps the trailer after the value or in a table, and checks it when it reads the value.
-/// A checksum finds damage and mix-ups. It does not stop anybody who can write to the store: for
-/// that, seal the pages.
+/// The checksum detects damage and mix-ups. It does not stop an attacker who can write to the
+/// store: to do that, seal the pages.
 ///
 /// ```
 /// use migration_core::{store::Trailer, vm::VmId};
@@ -94,7 +95,7 @@ pub struct Trailer {
 }
 
 impl Trailer {
-    /// Length in bytes of an encoded trailer.
+    /// The length of an encoded trailer in bytes.
     pub const BYTES: usize = 32;
 
     /// Returns the trailer of `value`.
@@ -102,13 +103,13 @@ impl Trailer {
         Self { vm, page, generation, checksum: checksum(vm, page, generation, value) }
     }
 
-    /// Returns the generation of the put. It is only a claim until [`proves`](Self::proves) was
-    /// asked.
+    /// Returns the generation of the put. It is not verified until [`proves`](Self::proves) has
+    /// returned `true`.
     pub fn generation(&self) -> u32 {
         self.generation
     }
 
-    /// Returns whether `value` is the one of this VM, page and generation.
+    /// Returns whether `value` belongs to this VM, page and generation.
     pub fn proves(&self, vm: VmId, page: u64, generation: u32, value: &[u8]) -> bool {
         *self == Self::new(vm, page, generation, value)
     }
@@ -123,7 +124,8 @@ impl Trailer {
         bytes
     }
 
-    /// Reads a trailer. Any 32 bytes are one; [`proves`](Self::proves) says whether it is right.
+    /// Decodes a trailer. Any 32 bytes are a trailer; [`proves`](Self::proves) says whether it is
+    /// right.
     pub fn decode(bytes: &[u8; Self::BYTES]) -> Self {
         // each part has the length of its field, so no conversion fails
         let part = |range: Range<usize>| &bytes[range];
@@ -136,7 +138,8 @@ impl Trailer {
     }
 }
 
-/// Covers the fields of the trailer too, so that damage to one of them is found as well.
+/// Returns the checksum of the value and of the trailer's other fields, so that damage to a field
+/// is found as well.
 fn checksum(vm: VmId, page: u64, generation: u32, value: &[u8]) -> u32 {
     let mut hasher = Hasher::new();
     hasher.update(&vm.0);
@@ -147,7 +150,8 @@ fn checksum(vm: VmId, page: u64, generation: u32, value: &[u8]) -> u32 {
     hasher.finalize()
 }
 
-/// Checks what every store refuses in a put. An implementation calls it before it does anything.
+/// Checks the conditions under which every store refuses a put. An implementation calls this before
+/// it does anything else.
 ///
 /// # Errors
 /// Returns [`StoreError::BadRun`], [`StoreError::BadValue`] or [`StoreError::Zeros`].
@@ -164,7 +168,8 @@ pub fn check_put(pages: &[PageToPut<'_>]) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// Checks what every store refuses in a get. An implementation calls it before it does anything.
+/// Checks the conditions under which every store refuses a get. An implementation calls this before
+/// it does anything else.
 ///
 /// # Errors
 /// Returns [`StoreError::BadRun`].
@@ -172,10 +177,10 @@ pub fn check_get(pages: &[PageToGet]) -> Result<(), StoreError> {
     check_run(pages.iter().map(|page| page.page))
 }
 
-/// Checks a lease of a `create` or a renewal.
+/// Checks the lease of a `create` or a renewal.
 ///
 /// # Errors
-/// Returns [`StoreError::BadLease`] if it is zero or above [`MAX_LEASE`].
+/// Returns [`StoreError::BadLease`] if the lease is zero or above [`MAX_LEASE`].
 pub fn check_lease(lease: Duration) -> Result<(), StoreError> {
     match lease.is_zero() || lease > MAX_LEASE {
         true => Err(StoreError::BadLease(lease)),
@@ -217,7 +222,7 @@ mod tests {
             bytes[at] ^= 1;
             assert!(!Trailer::decode(&bytes).proves(vm, 7, 3, b"value"), "byte {at}");
         }
-        // what a hole of a sparse file reads as
+        // a hole of a sparse file reads as these zeros
         assert!(!Trailer::decode(&[0; 32]).proves(VmId([0; 16]), 0, 0, &[0; PAGE_SIZE]));
     }
 
