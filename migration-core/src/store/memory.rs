@@ -14,12 +14,15 @@ use super::{
 };
 use crate::lock::lock;
 
-/// Bytes that a page takes beside its value and trailer: its entry in the map and its allocation.
+/// The number of bytes that a page needs beside its value and trailer: its entry in the map and its
+/// allocation.
 const ENTRY_BYTES: u64 = 64;
 
-/// Keeps pages in the memory of this process, for tests, for simulations and for intermediaries.
+/// A store of pages in the memory of this process, for tests, for simulations and for
+/// intermediaries.
 ///
-/// It loses everything when it is dropped. All users share one value, for example in an [`Arc`].
+/// The store loses everything when it is dropped. All users share one value, for example in an
+/// [`Arc`].
 pub struct MemoryPageStore {
     name: String,
     limit: u64,
@@ -30,9 +33,9 @@ pub struct MemoryPageStore {
 struct Inner {
     incarnation: Incarnation,
     namespaces: BTreeMap<NamespaceId, Space>,
-    /// Forgotten ids, each with the time until which it is remembered.
+    /// The forgotten ids, each with the time until which it is remembered.
     forgotten: HashMap<NamespaceId, Duration>,
-    /// Bytes of all pages, with their trailers and entries.
+    /// The number of bytes of all pages, with their trailers and entries.
     used: u64,
 }
 
@@ -40,12 +43,12 @@ struct Space {
     record: Record,
     /// The longest lease that was granted.
     lease: Duration,
-    /// When the lease ends.
+    /// The time at which the lease ends.
     ends: Duration,
     pages: HashMap<u64, Kept>,
 }
 
-/// A value and its trailer. Readers share it, so that no lock is held while it is handed out.
+/// A value and its trailer. Readers share the value, so that no lock is held while it is passed on.
 #[derive(Clone)]
 struct Kept {
     trailer: [u8; Trailer::BYTES],
@@ -53,13 +56,13 @@ struct Kept {
 }
 
 impl MemoryPageStore {
-    /// Makes an empty store that keeps at most `limit` bytes, about 100 bytes of overhead for each
-    /// page included.
+    /// Returns an empty store that keeps at most `limit` bytes. This includes about 100 bytes of
+    /// overhead for each page.
     pub fn new(name: impl Into<String>, limit: u64) -> Self {
         Self::with_clock(name, limit, Arc::new(ProcessClock::default()))
     }
 
-    /// As [`new`](Self::new), with leases that run on `clock`.
+    /// Returns a store like [`new`](Self::new), whose leases run on `clock`.
     pub fn with_clock(name: impl Into<String>, limit: u64, clock: Arc<dyn Clock>) -> Self {
         Self { name: name.into(), limit, clock, inner: Mutex::new(Inner::new()) }
     }
@@ -70,7 +73,7 @@ impl Inner {
         Self { incarnation: Incarnation::random(), namespaces: BTreeMap::new(), forgotten: HashMap::new(), used: 0 }
     }
 
-    /// Returns the namespace, if it is of the caller's VM.
+    /// Returns the namespace, or an error if it belongs to another VM than the caller's.
     fn space(&mut self, namespace: VmNamespace) -> Result<&mut Space, StoreError> {
         match self.namespaces.get_mut(&namespace.id) {
             None => Err(StoreError::Absent(namespace.id)),
@@ -79,8 +82,8 @@ impl Inner {
         }
     }
 
-    /// Stores those of `pages` of which there is no newer generation, or none if there is no room
-    /// for them.
+    /// Stores those of `pages` of which there is no newer generation, or none of them if there is
+    /// not enough room.
     fn put(
         &mut self,
         namespace: VmNamespace,
@@ -112,7 +115,7 @@ impl Inner {
         Ok(Stored { incarnation: self.incarnation, taken })
     }
 
-    /// Drops the ids whose time has passed.
+    /// Removes the ids whose time has passed.
     fn tidy(&mut self, now: Duration) {
         self.forgotten.retain(|_, until| *until > now);
     }
@@ -135,7 +138,7 @@ impl Kept {
     }
 }
 
-/// Returns the bytes that a value takes in the store.
+/// Returns the number of bytes that a value needs in the store.
 fn bytes_of(value: &[u8]) -> u64 {
     value.len() as u64 + Trailer::BYTES as u64 + ENTRY_BYTES
 }
@@ -201,7 +204,7 @@ impl PageStore for MemoryPageStore {
             if Instant::now() >= deadline {
                 return Err(StoreError::TimedOut);
             }
-            // the lock ends with this statement
+            // the lock is released at the end of this statement
             let kept = lock(&self.inner).space(namespace)?.pages.get(&page).cloned();
             match kept {
                 Some(kept) if Trailer::decode(&kept.trailer).proves(namespace.vm, page, generation, &kept.value) => {
@@ -233,7 +236,7 @@ impl PageStore for MemoryPageStore {
             lease = space.lease;
             inner.used -= space.pages.values().map(Kept::bytes).sum::<u64>();
         }
-        // a repeated call does not shorten the time
+        // a repeated call does not shorten the time for which the id is remembered
         let until = inner.forgotten.entry(id).or_default();
         *until = (*until).max(now.saturating_add(lease));
         Ok(())
@@ -262,14 +265,14 @@ impl fmt::Debug for MemoryPageStore {
 /// Faults, for tests and for simulations.
 #[cfg(any(test, feature = "test-utils"))]
 impl MemoryPageStore {
-    /// Loses everything, as a store that was started anew: its namespaces, its pages, the forgotten
-    /// ids. It has another incarnation from now on.
+    /// Loses everything, as a store that was restarted does: its namespaces, its pages, and the
+    /// forgotten ids. It has another incarnation from now on.
     pub fn lose_everything(&self) {
         *lock(&self.inner) = Inner::new();
     }
 
-    /// Loses one page without noticing it: the incarnation stays. Returns whether there was such a
-    /// page.
+    /// Loses one page without noticing it, so the incarnation stays. Returns whether there was such
+    /// a page.
     pub fn lose_page(&self, namespace: NamespaceId, page: u64) -> bool {
         let mut inner = lock(&self.inner);
         let lost = inner.namespaces.get_mut(&namespace).and_then(|space| space.pages.remove(&page));
@@ -286,13 +289,13 @@ impl MemoryPageStore {
         })
     }
 
-    /// Removes the trailer of a page: it reads as zeros. Returns whether there was such a page.
+    /// Replaces the trailer of a page by zeros. Returns whether there was such a page.
     pub fn lose_trailer(&self, namespace: NamespaceId, page: u64) -> bool {
         self.change_page(namespace, page, |kept| kept.trailer = [0; Trailer::BYTES])
     }
 
-    /// Puts the value and trailer of page `from` where those of page `to` were. Returns whether
-    /// there was such a page.
+    /// Replaces the value and the trailer of page `to` by those of page `from`. Returns whether
+    /// there were such pages.
     pub fn mix_up_pages(&self, namespace: NamespaceId, from: u64, to: u64) -> bool {
         let mut inner = lock(&self.inner);
         let Some(space) = inner.namespaces.get_mut(&namespace) else { return false };
@@ -325,7 +328,7 @@ mod tests {
         let clock = Arc::new(ManualClock::default());
         let store = MemoryPageStore::with_clock("memory", 1 << 20, clock.clone());
         let id = |number: usize| NamespaceId((number as u128).to_be_bytes());
-        // `forget` looks at all remembered ids: a store that is nearly full comes from here
+        // `forget` checks all remembered ids, so the test fills the store directly
         let until = UNSEEN_LEASE;
         lock(&store.inner).forgotten = (1..MAX_FORGOTTEN).map(|number| (id(number), until)).collect();
         let forget = |number| store.forget(VmNamespace { id: id(number), vm: VmId([1; 16]) });

@@ -1,4 +1,4 @@
-//! A page store whose puts and prefetches keep to a bandwidth.
+//! A page store with a limit of the bandwidth of puts and prefetches.
 
 use std::{
     fmt,
@@ -14,11 +14,11 @@ use super::{
 };
 use crate::{PAGE_SIZE, lock::lock, vm_id::VmId};
 
-/// Pages of a prefetch that are asked of the store at once: 256 KiB. A fault that arrives at the
-/// same server waits for no more than that of each prefetch.
+/// The number of pages of a prefetch that are requested from the store at once: 256 KiB. A fault
+/// that arrives at the same server waits for at most this amount of each prefetch.
 const PREFETCH_PAGES: usize = 64;
 
-/// Tells the time to a [`RateLimited`] store, and lets it wait. Simulations have their own.
+/// The clock of a [`RateLimited`] store, with a way to wait. Simulations have their own.
 pub trait Pace: Clock {
     /// Returns after `time` has passed on this clock.
     fn wait(&self, time: Duration);
@@ -30,26 +30,26 @@ impl Pace for ProcessClock {
     }
 }
 
-/// Nobody else moves a manual clock while its user waits: a wait moves it.
+/// A wait advances the clock, because nothing else advances a manual clock while its user waits.
 impl Pace for super::ManualClock {
     fn wait(&self, time: Duration) {
         self.advance(time);
     }
 }
 
-/// Limits the bandwidth of puts and prefetches of another store. Faults pass it at once, and do not
-/// count.
+/// A wrapper that limits the bandwidth of puts and prefetches of another store. Faults are not
+/// delayed, and do not count.
 ///
-/// It is one budget for all users of the value, for as long as it lives. Time in which nothing was
-/// sent is not made up for: from any moment on, no more bytes begin than the limit allows for the
+/// All users of the value share one budget, for as long as the value lives. Time in which nothing
+/// was sent gives no credit: from any moment on, no more bytes begin than the limit allows for the
 /// time since then, and one request per user. So a standing copy of a VM that was idle for an hour
-/// takes no more of the link afterwards than before.
+/// uses no more of the link afterwards than before.
 ///
-/// A put counts the bytes of its values, and a prefetch the bytes of as many pages as it asks for.
-/// A put begins when those before it have had their time, however long it is itself, because it is
-/// stored whole or not at all. A prefetch is asked of the inner store in pieces of 64 pages. If the
-/// next piece would begin after the deadline of the `get`, the deadline is waited for, and the rest
-/// is [`StoreError::TimedOut`].
+/// A put counts the bytes of its values, and a prefetch counts the bytes of the pages that it
+/// requests. A put begins when the time of those before it has passed, however long it is itself,
+/// because it is stored whole or not at all. A prefetch is requested from the inner store in pieces
+/// of 64 pages. If the next piece would begin after the deadline of the `get`, the call waits for
+/// the deadline and returns [`StoreError::TimedOut`] for the remaining pages.
 ///
 /// # Example
 ///
@@ -70,15 +70,15 @@ pub struct RateLimited<S> {
 }
 
 struct Budget {
-    /// Bytes per second; `None` for no limit.
+    /// The limit in bytes per second, or `None` for no limit.
     limit: Option<NonZeroU64>,
-    /// When what has begun so far has had its time.
+    /// The time at which the time of all requests that have begun so far has passed.
     free_at: Duration,
 }
 
 impl Budget {
-    /// Takes the next place in the queue for `bytes`. Returns how long the caller has to wait, or
-    /// `None` and takes no place if that is longer than `most`.
+    /// Reserves the next time slot for `bytes` bytes. Returns the time that the caller has to wait,
+    /// or reserves nothing and returns `None` if that time is longer than `most`.
     fn reserve(&mut self, now: Duration, bytes: u64, most: Duration) -> Option<Duration> {
         let Some(limit) = self.limit else { return Some(Duration::ZERO) };
         let begins = self.free_at.max(now);
@@ -94,12 +94,14 @@ impl Budget {
 }
 
 impl<S: PageStore> RateLimited<S> {
-    /// Limits `inner` to so many bytes per second; `None` for no limit yet.
+    /// Returns a wrapper that limits `inner` to `limit` bytes per second, or does not limit it yet
+    /// if `limit` is `None`.
     pub fn new(inner: S, limit: Option<NonZeroU64>) -> Self {
         Self::with_pace(inner, limit, Arc::new(ProcessClock::default()))
     }
 
-    /// As [`new`](Self::new), with the time of `pace`. Deadlines stay those of this process.
+    /// Returns a wrapper like [`new`](Self::new), with the clock `pace`. Deadlines remain those of
+    /// this process.
     pub fn with_pace(inner: S, limit: Option<NonZeroU64>, pace: Arc<dyn Pace>) -> Self {
         Self { inner, pace, budget: Mutex::new(Budget { limit, free_at: Duration::ZERO }) }
     }
@@ -109,15 +111,16 @@ impl<S: PageStore> RateLimited<S> {
         lock(&self.budget).limit = limit;
     }
 
-    /// Returns the store that is limited.
+    /// Returns the inner store.
     pub fn inner(&self) -> &S {
         &self.inner
     }
 
-    /// Waits until `bytes` may begin. Returns whether that was within `most`.
+    /// Waits until a request of `bytes` bytes may begin, but at most for the time `most`. Returns
+    /// whether the request may begin.
     fn pass(&self, bytes: usize, most: Duration) -> bool {
         let wait = lock(&self.budget).reserve(self.pace.now(), bytes as u64, most);
-        // the lock is not held while this waits: who comes later waits for a later moment
+        // the lock is not held during the wait: later callers wait for a later time
         self.pace.wait(wait.unwrap_or(most));
         wait.is_some()
     }

@@ -1,4 +1,4 @@
-//! Several page stores that each have all pages of an entry.
+//! A page store that keeps all pages of an entry in each of several stores.
 
 use std::{
     collections::BTreeMap,
@@ -16,24 +16,27 @@ use super::{
 };
 use crate::vm_id::VmId;
 
-/// Keeps every page in *k* stores (rule 12). It is one entry of a session's store table.
+/// A store that keeps every page in *k* stores (rule 12). It is one entry of a session's store
+/// table.
 ///
 /// - **A put is acknowledged when all *k* stores have the page.** The stores are written at the
 ///   same time. If one of them fails, the put fails: the page stays with its owner until it is put
 ///   again, under a new generation. [`Stored::taken`] is `true` for a page that all stores have
 ///   taken.
-/// - **A reader asks the next store** when one is silent, lacks the page, or has an older
-///   generation. A page is [missing](StoreError::Missing) only if all of them answer that they lack
-///   it. If one of them was silent, its error is returned instead, so that the caller repeats the
-///   request. Each store that is asked gets an equal share of the time that is left. The store that
-///   has answered last is asked first the next time, so a dead store costs one request.
-/// - **The incarnation** is made of the incarnations of all stores: it changes if one of them
+/// - **A reader asks the next store** when one does not answer, does not have the page, or has an
+///   older generation. A page is [missing](StoreError::Missing) only if all stores answer that they
+///   do not have it. If one of them did not answer, its error is returned instead, so that the
+///   caller repeats the request. Each store that is asked gets an equal share of the time that is
+///   left. The store that has answered last is asked first the next time, so a dead store costs one
+///   request.
+/// - **The incarnation** is computed from the incarnations of all stores: it changes if one of them
 ///   changes. `create` and `renew` need all stores.
-/// - `forget` is sent to all stores, also if one of them fails. Repeat it then: to forget twice is
-///   harmless. After a failed `create`, forget the namespace and make another entry.
+/// - `forget` is sent to all stores, even if one of them fails. Repeat the call in this case: to
+///   forget twice is harmless. After a failed `create`, forget the namespace and create another
+///   entry.
 ///
-/// Room is what the fullest store has. If one store has no room for a put and the others have taken
-/// it, the error is [`StoreError::NoRoom`], and the put was stored in part.
+/// The room is that of the fullest store. If one store has no room for a put and the others have
+/// stored it, the error is [`StoreError::NoRoom`], and the put was stored in part.
 ///
 /// # Example
 ///
@@ -48,12 +51,13 @@ use crate::vm_id::VmId;
 pub struct Replicated<S> {
     name: String,
     stores: Vec<S>,
-    /// The store that has answered last.
+    /// The index of the store that has answered last.
     first: AtomicUsize,
 }
 
 impl<S: PageStore> Replicated<S> {
-    /// Makes one store of several, under a name of its own. Returns `None` if there are none.
+    /// Returns the store that consists of `stores`, with its own name. Returns `None` if `stores`
+    /// is empty.
     pub fn new(name: impl Into<String>, stores: Vec<S>) -> Option<Self> {
         match stores.is_empty() {
             true => None,
@@ -66,8 +70,8 @@ impl<S: PageStore> Replicated<S> {
         &self.stores
     }
 
-    /// Does the same with all stores at once. Returns all results, or the first error after every
-    /// store has answered.
+    /// Makes the same call to all stores at once. Returns all results, or the first error after
+    /// every store has answered.
     fn with_all<T: Send>(
         &self,
         call: impl Fn(&dyn PageStore) -> Result<T, StoreError> + Sync,
@@ -87,7 +91,7 @@ impl<S: PageStore> Replicated<S> {
     }
 }
 
-/// Returns the incarnation of all stores together.
+/// Returns the incarnation that is computed from those of all stores.
 fn combined(incarnations: &[Incarnation]) -> Incarnation {
     let mut hash = Sha256::new();
     for incarnation in incarnations {
@@ -98,17 +102,18 @@ fn combined(incarnations: &[Incarnation]) -> Incarnation {
     Incarnation(bytes)
 }
 
-/// What a `get` has learned from the stores that it has asked.
+/// The answers of the stores that a `get` has asked.
 #[derive(Default)]
 struct Asked {
-    /// How many of them do not have the namespace.
+    /// The number of stores that do not have the namespace.
     absent: usize,
-    /// The first other error: it leaves open whether the store has the pages.
+    /// The first other error. After such an error it is not known whether the store has the pages.
     silent: Option<StoreError>,
 }
 
 impl Asked {
-    /// Returns what is true of the pages that no store has handed out.
+    /// Returns the result of a `get` after all stores were asked. `missing` are the pages that no
+    /// store has returned.
     fn conclude(self, stores: usize, namespace: NamespaceId, missing: &[PageToGet]) -> Result<(), StoreError> {
         match self.silent {
             _ if missing.is_empty() => Ok(()),
@@ -119,7 +124,8 @@ impl Asked {
     }
 }
 
-/// Returns when one of `stores` stores that are still to be asked has had its share of the time.
+/// Returns the deadline for the next store, so that each of the `stores` stores that remain to be
+/// asked gets an equal share of the time.
 pub(crate) fn share(deadline: Instant, stores: usize) -> Instant {
     let now = Instant::now();
     let left = deadline.saturating_duration_since(now);
@@ -180,7 +186,7 @@ impl<S: PageStore> PageStore for Replicated<S> {
             let mut got = vec![false; missing.len()];
             let result =
                 self.stores[at].get(namespace, &missing, urgency, share(deadline, count - step), &mut |page, data| {
-                    // what was not asked for, or came already, is not handed out
+                    // pages that were not requested, or were received already, are not passed on
                     if let Ok(position) = missing.binary_search_by_key(&page, |wanted| wanted.page)
                         && !std::mem::replace(&mut got[position], true)
                     {
@@ -204,8 +210,8 @@ impl<S: PageStore> PageStore for Replicated<S> {
         asked.conclude(count, namespace.id, &missing)
     }
 
-    /// As the first store says that has a record. An error of another store is returned only if
-    /// none has one.
+    /// Returns the record of the first store that has one. An error of another store is returned
+    /// only if no store has a record.
     fn record(&self, namespace: NamespaceId) -> Result<Option<Record>, StoreError> {
         let mut failed = None;
         for store in &self.stores {
@@ -222,8 +228,8 @@ impl<S: PageStore> PageStore for Replicated<S> {
         self.with_all(|store| store.forget(namespace)).map(drop)
     }
 
-    /// Lists a namespace only if its lease has ended in every store that has it: a renewal that
-    /// reached only some of them counts.
+    /// Returns a namespace only if its lease has ended in every store that has it: a renewal that
+    /// reached only some of the stores counts.
     fn expired(&self) -> Result<Vec<(NamespaceId, Record)>, StoreError> {
         let mut ended: BTreeMap<NamespaceId, (Record, Vec<usize>)> = BTreeMap::new();
         for (at, store) in self.stores.iter().enumerate() {
@@ -233,7 +239,7 @@ impl<S: PageStore> PageStore for Replicated<S> {
         }
         let mut all = Vec::new();
         for (id, (record, listing)) in ended {
-            // only the others are asked: usually there are none
+            // only the other stores are asked; usually there are none
             let mut others = self.stores.iter().enumerate().filter(|(at, _)| !listing.contains(at));
             let renewed = others
                 .try_fold(false, |found, (_, store)| Ok::<_, StoreError>(found || store.record(id)?.is_some()))?;

@@ -1,4 +1,4 @@
-//! Stores of versions: checkpoints of a VM, or a snapshot.
+//! Stores of versions, which are checkpoints of a VM or a snapshot.
 
 use std::{
     collections::BTreeMap,
@@ -12,25 +12,24 @@ use crate::{PAGE_SIZE, PageSet};
 /// The content of a page of a version; `None` stands for zeros.
 pub type PageContent<'a> = Option<&'a [u8; PAGE_SIZE]>;
 
-/// Pages that [`VersionStore::restore`] reads at once: 1 MiB.
+/// The number of pages that [`VersionStore::restore`] reads at once: 1 MiB.
 const RESTORE_PAGES: usize = 256;
 
-/// Keeps the RAM and the state of one VM as of one moment: its *version*.
+/// A store of the RAM and the state of one VM at one moment: its *version*.
 ///
 /// It is the second trait of stores. A [`PageStore`](super::PageStore) keeps the newest put of each
-/// page, for others who know its generation; nothing in it says that pages belong together. A
-/// version is complete in itself: all its pages and its state are of one moment. What was put
-/// counts only from its [commit](Self::commit) on, whole or not at all, and until then the version
-/// before it stays. A store may keep one version only, such as a snapshot, or build each version on
-/// the one before, such as checkpoints.
+/// page, for readers that know its generation; nothing in it says that pages belong together. A
+/// version is complete in itself: all its pages and its state are of one moment. Pages that were
+/// put count only from their [commit](Self::commit) on, all of them or none, and until then the
+/// version before stays. A store may keep one version only, such as a snapshot, or build each
+/// version on the one before, such as checkpoints.
 ///
-/// Pages are put in any order and any number of times; the last put counts. They are read back as a
-/// whole ([`restore`](Self::restore)) or at random ([`read`](Self::read)), so that a VM can be
-/// started before all of its RAM was read. Zeros are a content like any other here, and take no
-/// room.
+/// Pages are put in any order and any number of times; the last put of a page counts. They are read
+/// back as a whole ([`restore`](Self::restore)) or at random ([`read`](Self::read)), so that a VM
+/// can be started before all of its RAM was read. Zeros are a valid content here, and need no room.
 ///
-/// Errors are those of the medium, with an [`ErrorKind`] that the caller can act on. After a failed
-/// `put` or `commit` the caller [discards](Self::discard) what was put.
+/// Errors are those of the medium, with an [`ErrorKind`] on which the caller can act. After a
+/// failed `put` or `commit` the caller [discards](Self::discard) the pages that were put.
 ///
 /// The conformance suite checks an implementation: see `conformance::versions`.
 ///
@@ -54,51 +53,52 @@ const RESTORE_PAGES: usize = 256;
 /// # Ok::<(), std::io::Error>(())
 /// ```
 pub trait VersionStore: Send {
-    /// Takes a page of the next version. If it was put before since the last commit, this is its
-    /// newer content.
+    /// Puts a page of the next version. If the page was put before since the last commit, `content`
+    /// replaces that content.
     ///
     /// # Errors
-    /// Returns an error if the page cannot be kept. The version then fails, and the last committed
-    /// one stays.
+    /// Returns an error if the page cannot be stored. The version then fails, and the last
+    /// committed one stays.
     fn put(&mut self, page: u64, content: PageContent<'_>) -> io::Result<()>;
 
-    /// Makes a version of everything that was put since the last commit, of the pages of the
-    /// version before that were not put since, and of `state`: an encoded
+    /// Commits a version. It consists of all pages that were put since the last commit, of the
+    /// pages of the version before that were not put since, and of `state`: an encoded
     /// [`VmState`](crate::state::VmState), or in a snapshot an encoded
-    /// [`SavedVm`](crate::snapshot::SavedVm). It is as durable as the store makes anything when
-    /// this returns.
+    /// [`SavedVm`](crate::snapshot::SavedVm). When this returns, the version is as durable as the
+    /// store can make it.
     ///
     /// # Errors
-    /// Returns what the medium says. The last committed version stays.
+    /// Returns an error of the medium. The last committed version stays.
     fn commit(&mut self, number: u32, state: Bytes) -> io::Result<()>;
 
-    /// Forgets what was put since the last commit.
+    /// Removes the pages that were put since the last commit.
     fn discard(&mut self);
 
-    /// Returns number and state of the last committed version.
+    /// Returns the number and the state of the last committed version, or `None` if nothing was
+    /// committed.
     fn latest(&self) -> Option<(u32, Bytes)>;
 
-    /// Returns which pages the last committed version has, those of zeros included. The set is
+    /// Returns the pages that the last committed version has, including pages of zeros. The set is
     /// empty if nothing was committed. Its capacity is the number of the VM's pages, or just enough
     /// for the last page if the store does not know that number.
     ///
     /// # Errors
-    /// Returns what the medium says.
+    /// Returns an error of the medium.
     fn list(&mut self) -> io::Result<PageSet>;
 
-    /// Reads pages of the last committed version, which ascend by page number, and hands each of
-    /// them to `take` once, in this order.
+    /// Reads pages of the last committed version, and passes each of them to `take` once, in the
+    /// order of `pages`. `pages` must ascend by page number.
     ///
     /// # Errors
-    /// Returns [`ErrorKind::InvalidInput`] if the pages do not ascend or one of them is not in the
-    /// version: it is missing, and not zeros. Returns what the medium says, and what `take`
-    /// returns. What was handed out before an error is good.
+    /// Returns [`ErrorKind::InvalidInput`] if the pages do not ascend, or if one of them is not in
+    /// the version: such a page is missing, and not zeros. Also returns errors of the medium and of
+    /// `take`. Pages that were passed to `take` before an error are valid.
     fn read(&mut self, pages: &[u64], take: &mut dyn FnMut(u64, PageContent<'_>) -> io::Result<()>) -> io::Result<()>;
 
-    /// Hands out every page of the last committed version in ascending order.
+    /// Passes every page of the last committed version to `take` in ascending order.
     ///
     /// # Errors
-    /// Returns an error if a page cannot be read, or `take` fails: the VM must not be started then.
+    /// Returns an error if a page cannot be read, or `take` fails. The VM must not be started then.
     fn restore(&mut self, take: &mut dyn FnMut(u64, PageContent<'_>) -> io::Result<()>) -> io::Result<()> {
         let mut run = Vec::with_capacity(RESTORE_PAGES);
         for page in self.list()?.iter() {
@@ -145,11 +145,11 @@ impl<S: VersionStore + ?Sized> VersionStore for Box<S> {
     }
 }
 
-/// Checks what every store refuses in a [`read`](VersionStore::read): pages that do not ascend. An
-/// implementation calls it first.
+/// Checks the condition under which every store refuses a [`read`](VersionStore::read): pages that
+/// do not ascend. An implementation calls this first.
 ///
 /// # Errors
-/// Returns [`ErrorKind::InvalidInput`].
+/// Returns [`ErrorKind::InvalidInput`] if the pages do not ascend.
 pub fn check_version_read(pages: &[u64]) -> io::Result<()> {
     match pages.is_sorted_by(|a, b| a < b) {
         true => Ok(()),
@@ -164,7 +164,7 @@ pub fn not_in_version(page: u64) -> io::Error {
 
 type Pages = BTreeMap<u64, Option<Box<[u8; PAGE_SIZE]>>>;
 
-/// Keeps versions in memory. They die with this process.
+/// A store of versions in memory. The versions are lost when this process ends.
 #[derive(Default)]
 pub struct MemoryVersions {
     staged: Pages,
@@ -225,7 +225,7 @@ mod tests {
 
     crate::version_store_conformance!(MemoryVersions::default);
 
-    /// Reads as most stores do: without a `restore` of its own.
+    /// A store that reads as most stores do: it has no `restore` of its own.
     #[derive(Default)]
     struct Plain(MemoryVersions);
 

@@ -1,4 +1,4 @@
-//! Bounds of what a store takes, and how long it may take.
+//! Checks of the bounds of what a store accepts, and of the time that a call may take.
 
 use std::time::{Duration, Instant};
 
@@ -14,8 +14,8 @@ use crate::{
     },
 };
 
-/// Runs and values that are too long, empty, or out of order are refused, and nothing of them is
-/// stored.
+/// Checks that runs and values that are too long, empty, or out of order are refused, and that no
+/// part of them is stored.
 pub fn bounds_runs_and_values_are_limited(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Home);
     let room = test.store().room();
@@ -38,7 +38,7 @@ pub fn bounds_runs_and_values_are_limited(test: &mut dyn TestStore) {
     expect_pages(test, id, &[], &[(1, 1), (2, 1)]);
 }
 
-/// Leases of no time, or of more than the longest, are refused.
+/// Checks that leases of zero, or above the longest lease, are refused.
 pub fn bounds_leases_are_limited(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Home);
     let new = introduce_many(test, 0);
@@ -51,7 +51,8 @@ pub fn bounds_leases_are_limited(test: &mut dyn TestStore) {
     test.store().renew(id, SOURCE, MAX_LEASE).expect("the longest lease is granted");
 }
 
-/// A store keeps a limited number of namespaces, and goes on with those that it has.
+/// Checks that the number of namespaces is limited, and that the store keeps serving the existing
+/// ones.
 pub fn bounds_namespaces_are_limited(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Home);
     put(test, id, 1, &[1]);
@@ -68,7 +69,7 @@ pub fn bounds_namespaces_are_limited(test: &mut dyn TestStore) {
     test.store().create(ids[0].id, &record(Purpose::Attempt), LEASE).expect("there is a free one");
 }
 
-/// Makes one of many names known, and returns how its namespace is asked for.
+/// Introduces one of many names. Returns the reference to its namespace.
 fn introduce_many(test: &mut dyn TestStore, number: u32) -> VmNamespace {
     let mut secret = [0xee; 16];
     secret[..4].copy_from_slice(&number.to_le_bytes());
@@ -77,7 +78,8 @@ fn introduce_many(test: &mut dyn TestStore, number: u32) -> VmNamespace {
     name.of(VM)
 }
 
-/// A put for which there is no room changes nothing. What is there can be read and replaced.
+/// Checks that a put for which there is no room changes nothing, and that present pages can be read
+/// and replaced.
 pub fn bounds_a_full_store_takes_a_put_whole_or_not_at_all(test: &mut dyn TestStore) {
     let empty = test.store().room();
     let (id, _) = create(test, 1, Purpose::Home);
@@ -105,7 +107,8 @@ pub fn bounds_a_full_store_takes_a_put_whole_or_not_at_all(test: &mut dyn TestSt
     assert_eq!(test.store().room(), empty);
 }
 
-/// A get whose deadline has passed hands out nothing, and its error says that a retry can help.
+/// Checks that a get whose deadline has passed returns no page, and that its error says that a
+/// retry can help.
 pub fn bounds_a_get_ends_at_its_deadline(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Home);
     put(test, id, 1, &[1]);
@@ -115,8 +118,8 @@ pub fn bounds_a_get_ends_at_its_deadline(test: &mut dyn TestStore) {
     assert!(matches!(&result, Err(error @ StoreError::TimedOut) if error.can_retry()), "{result:?}");
 }
 
-/// While a page is handed out, the receiver may use the store, also for the same page, and also
-/// after the store has looked for a page that is missing.
+/// Checks that the receiver of a page may use the store during the call of `take`, also for the
+/// same page, and also after the store has looked for a page that is missing.
 pub fn bounds_no_lock_is_held_while_pages_are_handed_out(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Home);
     put(test, id, 1, &[1, 2, 10]);
@@ -131,7 +134,7 @@ pub fn bounds_no_lock_is_held_while_pages_are_handed_out(test: &mut dyn TestStor
             store.renew(id, SOURCE, LEASE).expect("a renewal inside a get");
         }
     });
-    // page 1 is missing too, if the store has looked for it after the put
+    // page 1 is missing too if the store has looked for it after the put
     assert!(matches!(result, Err(StoreError::Missing { first: 0, .. })), "{result:?}");
     assert!(got.contains(&2) && got.contains(&10), "{got:?}");
     expect_pages(test, id, &[(1, 2), (2, 1), (10, 1)], &[]);

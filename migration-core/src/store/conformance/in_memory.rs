@@ -1,11 +1,12 @@
-//! The store in memory, as the suite tests it.
+//! The store in memory, as a store under test.
 
 use std::{sync::Arc, time::Duration};
 
 use super::{Harm, TestStore};
 use crate::store::{ManualClock, MemoryPageStore, NamespaceId, PageStore};
 
-/// A [`MemoryPageStore`] of 4 MiB with a clock that the suite moves. Wrappers are tested around it.
+/// A [`MemoryPageStore`] of 4 MiB with a clock that the suite advances. Wrappers are tested around
+/// it.
 pub struct InMemory {
     store: Arc<MemoryPageStore>,
     clock: Arc<ManualClock>,

@@ -1,4 +1,4 @@
-//! Rules about leases, and about forgetting.
+//! Checks of the rules about leases, and about forgetting.
 
 use std::time::Duration;
 
@@ -6,13 +6,13 @@ use super::{
     DESTINATION, LEASE, Purpose, Record, SOURCE, TestStore, create, expect_empty, expect_pages, left, put, record,
 };
 
-/// A namespace whose lease has ended is as it was: it can be read, written and renewed.
+/// Checks that a namespace whose lease has ended is unchanged: it can be read, written and renewed.
 pub fn rule_14_a_lease_that_has_ended_deletes_nothing(test: &mut dyn TestStore) {
     let (id, incarnation) = create(test, 1, Purpose::Home);
     put(test, id, 1, &[1]);
     test.advance(100 * LEASE);
     assert_eq!(test.store().expired().expect("the store lists"), [(id.id, record(Purpose::Home))]);
-    // neither to list it nor another process deletes it
+    // neither listing it nor the start of another process deletes it
     test.crash_user();
     assert_eq!(test.store().expired().expect("the store lists").len(), 1);
     expect_pages(test, id, &[(1, 1)], &[]);
@@ -22,8 +22,8 @@ pub fn rule_14_a_lease_that_has_ended_deletes_nothing(test: &mut dyn TestStore) 
     expect_pages(test, id, &[(1, 1), (2, 2)], &[]);
 }
 
-/// `expired` lists exactly the namespaces whose lease has ended, in ascending order, and whose they
-/// were.
+/// Checks that `expired` returns exactly the namespaces whose lease has ended, in ascending order,
+/// with their records.
 pub fn rule_14_expired_namespaces_are_listed_with_their_records(test: &mut dyn TestStore) {
     let (home, _) = create(test, 1, Purpose::Home);
     let (stage, _) = create(test, 2, Purpose::Stage);
@@ -44,7 +44,7 @@ pub fn rule_14_expired_namespaces_are_listed_with_their_records(test: &mut dyn T
     assert_eq!(test.store().expired().expect("the store lists"), ended);
 }
 
-/// A renewal or a `create` with a shorter lease that arrives late does not shorten a lease.
+/// Checks that a late renewal or `create` with a shorter lease does not shorten a lease.
 pub fn rule_14_a_lease_is_never_shortened(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Home);
     test.store().renew(id, SOURCE, 10 * LEASE).expect("a long lease is granted");
@@ -54,12 +54,12 @@ pub fn rule_14_a_lease_is_never_shortened(test: &mut dyn TestStore) {
     assert_eq!(test.store().expired().expect("the store lists"), []);
     test.advance(2 * LEASE);
     assert_eq!(test.store().expired().expect("the store lists").len(), 1);
-    // a repeated create is a use of the namespace: it extends the lease
+    // a repeated create counts as a use of the namespace: it extends the lease
     test.store().create(id.id, &record(Purpose::Home), LEASE).expect("a repeated create succeeds");
     assert_eq!(test.store().expired().expect("the store lists"), []);
 }
 
-/// `forget` may be repeated, and may be for a namespace that never was.
+/// Checks that `forget` may be repeated, and may be called for a namespace that never existed.
 pub fn rule_14_to_forget_twice_is_harmless(test: &mut dyn TestStore) {
     let room = test.store().room();
     let (kept, _) = create(test, 1, Purpose::Home);

@@ -2,9 +2,9 @@
 //! [`VersionStore`](super::VersionStore) does what its users rely on. Needs the feature
 //! `test-utils`.
 //!
-//! There is a function for each rule, which panics if the store breaks it. Implement [`TestStore`]
-//! for what makes and harms one's own store, and let
-//! [`page_store_conformance!`](crate::page_store_conformance) write a test for each function:
+//! There is a function for each rule, which panics if the store breaks the rule. To test a store,
+//! implement [`TestStore`] for the code that makes and harms it.
+//! [`page_store_conformance!`](crate::page_store_conformance) then writes a test for each function:
 //!
 //! ```
 //! mod tests {
@@ -40,57 +40,57 @@ use super::{
 };
 use crate::{PAGE_SIZE, vm_id::VmId};
 
-/// A store under test, new and empty, which nobody else uses.
+/// A store under test. It is new and empty, and has no other users.
 ///
 /// It has room for at least 1 MiB and at most 64 MiB.
 pub trait TestStore {
     /// Returns the store.
     fn store(&self) -> &dyn PageStore;
 
-    /// Makes a name known to a store that needs it, such as one that seals pages. It is called
-    /// before the suite creates the namespace.
+    /// Introduces a name to a store that needs it, such as one that seals pages. Called before the
+    /// suite creates the namespace.
     fn introduce(&mut self, name: &Namespace, vm: VmId) {
         let _ = (name, vm);
     }
 
-    /// Returns how many namespaces the store may keep, if that was set to fewer than
-    /// [`MAX_NAMESPACES`] for the test.
+    /// Returns the largest number of namespaces that the store keeps, if the test has set it to
+    /// fewer than [`MAX_NAMESPACES`].
     fn max_namespaces(&self) -> usize {
         MAX_NAMESPACES
     }
 
-    /// Moves the store's clock forward.
+    /// Advances the store's clock.
     fn advance(&mut self, by: Duration);
 
-    /// Lets a process that uses the store crash and another one open the store. A store that lives
-    /// in the process itself does nothing.
+    /// Makes a process that uses the store crash, and another one open the store. Does nothing for
+    /// a store that lives in the process itself.
     fn crash_user(&mut self) {}
 
-    /// Lets the store lose everything that it keeps, in a way that it notices.
+    /// Makes the store lose everything that it keeps, in a way that it notices.
     fn lose_everything(&mut self);
 
-    /// Does harm to a page that is in the store, in a way that the store does not notice. Returns
-    /// whether it could.
+    /// Harms a page that is in the store, in a way that the store does not notice. Returns whether
+    /// this was possible.
     fn harm(&mut self, namespace: NamespaceId, page: u64, harm: Harm) -> bool;
 }
 
-/// What can happen to a page in a store behind the store's back.
+/// A damage of a page in a store that the store does not notice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Harm {
     /// The page is lost.
     Lose,
     /// A bit of the value changes.
     Damage,
-    /// The trailer is lost. A table of trailers reads as zeros there.
+    /// The trailer is lost. A table of trailers reads as zeros at its place.
     LoseTrailer,
-    /// Value and trailer of this other page, which is in the store too, are where those of the page
-    /// were.
+    /// The value and the trailer of the page are replaced by those of this other page, which is in
+    /// the store too.
     MixUp(u64),
 }
 
 /// Writes a test for each rule. The argument is a function or a closure without arguments that
 /// returns a new [`TestStore`]. After the word `optional` it returns an `Option`: the tests do
-/// nothing where it is `None`, for example because a server is not installed.
+/// nothing if it is `None`, for example because a server is not installed.
 #[macro_export]
 macro_rules! page_store_conformance {
     (optional $make:expr) => {
@@ -164,7 +164,7 @@ const fn owner(text: &str) -> Owner {
     }
 }
 
-/// Makes the name of namespace `number` known, and returns how it is asked for.
+/// Introduces the name of namespace `number`. Returns the reference to the namespace.
 fn introduce(test: &mut dyn TestStore, number: u8, vm: VmId) -> VmNamespace {
     let name = Namespace::new([number; 16]);
     test.introduce(&name, vm);
@@ -182,7 +182,7 @@ fn create(test: &mut dyn TestStore, number: u8, purpose: Purpose) -> (VmNamespac
     (id, incarnation)
 }
 
-/// The value of a page in a generation. No two are alike, and none has only zeros.
+/// Returns the value of a page in a generation. No two values are equal, and none has only zeros.
 fn value(page: u64, generation: u32) -> Vec<u8> {
     value_of_len(page, generation, PAGE_SIZE)
 }
@@ -209,8 +209,8 @@ fn soon() -> Instant {
     Instant::now() + Duration::from_secs(60)
 }
 
-/// Reads pages, and checks that each is handed out at most once, was asked for, and is what was
-/// put. Returns the numbers of those that were handed out.
+/// Reads pages, and checks that each is returned at most once, was requested, and has the value
+/// that was put. Returns the numbers of the pages that were returned.
 fn try_read(test: &dyn TestStore, id: VmNamespace, pages: &[(u64, u32)]) -> (Vec<u64>, Result<(), StoreError>) {
     let wanted: Vec<_> = pages.iter().map(|&(page, generation)| PageToGet { page, generation }).collect();
     let mut got = Vec::new();
@@ -242,19 +242,19 @@ fn expect_pages(test: &dyn TestStore, id: VmNamespace, present: &[(u64, u32)], a
     }
 }
 
-/// Returns what is left in the store, after all leases have ended.
+/// Returns the namespaces that are left in the store after all leases have ended.
 fn left(test: &mut dyn TestStore) -> Vec<(NamespaceId, Record)> {
     test.advance(MAX_LEASE + LEASE);
     test.store().expired().expect("expired namespaces are listed")
 }
 
-/// Asserts that the store keeps nothing, and no room is lost.
+/// Asserts that the store keeps nothing, and that its room is what it was.
 fn expect_empty(test: &mut dyn TestStore, room: u64) {
     assert_eq!(left(test), [], "namespaces that are left");
     assert_eq!(test.store().room(), room, "room of the empty store");
 }
 
-/// Random numbers that are the same in each run (splitmix64).
+/// A generator of random numbers that are the same in each run (splitmix64).
 struct Random(u64);
 
 impl Random {

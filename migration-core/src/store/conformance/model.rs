@@ -1,4 +1,4 @@
-//! Messages that are delayed, repeated and reordered, against a naive model.
+//! Checks with messages that are delayed, repeated and reordered, compared with a simple model.
 
 use std::collections::BTreeMap;
 
@@ -7,9 +7,9 @@ use super::{
     record, try_put,
 };
 
-/// How many sequences are tried, each with namespaces of its own.
+/// The number of sequences that are tried, each with its own namespaces.
 const SEQUENCES: u8 = 60;
-/// Pages of the VM, and generations that are put.
+/// The number of pages of the VM, and the number of generations that are put.
 const PAGES: u64 = 6;
 const GENERATIONS: u32 = 10;
 
@@ -23,11 +23,11 @@ enum Message {
         pages: Vec<u64>,
     },
     Forget,
-    /// A process that uses the store crashes.
+    /// A crash of a process that uses the store.
     Crash,
 }
 
-/// What the store should have of one namespace.
+/// The expected content of one namespace.
 #[derive(Default)]
 struct Model {
     exists: bool,
@@ -35,7 +35,8 @@ struct Model {
     newest: BTreeMap<u64, u32>,
 }
 
-/// Each message is delivered one to three times, in any order. The store answers as the model does.
+/// Checks that the store answers as the model does, when each message is delivered one to three
+/// times, in any order.
 ///
 /// In half of the sequences one of the messages is a `forget`, and a `create`, a put or a renewal
 /// often comes after it.
@@ -70,7 +71,7 @@ fn messages(random: &mut Random, with_forget: bool) -> Vec<Message> {
     messages.push(Message::Crash);
     let mut copies: Vec<_> = messages.into_iter().flat_map(|m| vec![m; 1 + random.below(3) as usize]).collect();
     random.shuffle(&mut copies);
-    // most sequences begin with the create; a copy of it comes anywhere
+    // most sequences begin with the create; one copy of it comes anywhere
     copies.insert(random.below(3) as usize, Message::Create);
     copies.insert(random.below(copies.len() as u64 + 1) as usize, Message::Create);
     if with_forget {
@@ -80,7 +81,7 @@ fn messages(random: &mut Random, with_forget: bool) -> Vec<Message> {
     copies
 }
 
-/// Delivers a message to the store and to the model, and compares what they answer.
+/// Delivers a message to the store and to the model, and compares their answers.
 fn deliver(test: &mut dyn TestStore, id: VmNamespace, message: &Message, model: &mut Model) -> Result<(), String> {
     let store = test.store();
     match message {

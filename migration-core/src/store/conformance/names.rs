@@ -1,23 +1,25 @@
-//! Rules about namespaces: who makes them, who writes them, and what the store says about its
-//! losses.
+//! Checks of the rules about namespaces: their creation and use, and what the store reports about
+//! its losses.
 
 use super::{
     DESTINATION, LEASE, MAX_LEASE, OTHER_VM, Purpose, Record, SOURCE, StoreError, TestStore, VM, VmNamespace, create,
     expect_empty, expect_pages, introduce, left, put, record, try_put, try_read,
 };
 
-/// Puts and gets succeed whoever is recorded as the owner: the fence is the name, not the store.
+/// Checks that puts and gets succeed whatever owner is recorded: the name keeps other processes
+/// out, not the store.
 pub fn rule_08_a_store_does_not_ask_who_the_owner_is(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Attempt);
     put(test, id, 1, &[1]);
     test.store().renew(id, DESTINATION, LEASE).expect("the destination renews");
-    // after run the source still writes its attempt namespace
+    // after *run* the source still writes its attempt namespace
     assert_eq!(put(test, id, 2, &[2]).taken, [true]);
     test.store().renew(id, SOURCE, LEASE).expect("the source renews");
     expect_pages(test, id, &[(1, 1), (2, 2)], &[]);
 }
 
-/// `forget` removes every page of a namespace, gives its room back, and touches no other namespace.
+/// Checks that `forget` removes every page of a namespace, frees their room, and changes no other
+/// namespace.
 pub fn rule_09_a_namespace_is_forgotten_as_a_whole(test: &mut dyn TestStore) {
     let (kept, _) = create(test, 1, Purpose::Home);
     put(test, kept, 1, &[1, 2]);
@@ -32,7 +34,7 @@ pub fn rule_09_a_namespace_is_forgotten_as_a_whole(test: &mut dyn TestStore) {
     expect_pages(test, kept, &[(1, 1), (2, 1)], &[]);
 }
 
-/// A put into a namespace that does not exist fails, and the namespace still does not exist.
+/// Checks that a put into a namespace that does not exist fails, and does not create the namespace.
 pub fn rule_10_a_put_never_creates_a_namespace(test: &mut dyn TestStore) {
     let id = introduce(test, 1, VM);
     let room = test.store().room();
@@ -44,7 +46,7 @@ pub fn rule_10_a_put_never_creates_a_namespace(test: &mut dyn TestStore) {
     expect_empty(test, room);
 }
 
-/// A put that arrives after `forget` fails, and does not bring the namespace back.
+/// Checks that a put that arrives after `forget` fails, and does not bring the namespace back.
 pub fn rule_10_a_put_into_a_forgotten_namespace_fails(test: &mut dyn TestStore) {
     let room = test.store().room();
     let (id, _) = create(test, 1, Purpose::Attempt);
@@ -58,8 +60,8 @@ pub fn rule_10_a_put_into_a_forgotten_namespace_fails(test: &mut dyn TestStore) 
     expect_empty(test, room);
 }
 
-/// A `create` that was delayed until after `forget` fails for one lease, the longest that was
-/// granted.
+/// Checks that a `create` that was delayed until after `forget` fails for one lease, the longest
+/// that was granted.
 pub fn rule_10_a_late_create_of_a_forgotten_namespace_fails(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Attempt);
     test.store().renew(id, SOURCE, 10 * LEASE).expect("a long lease is granted");
@@ -71,15 +73,15 @@ pub fn rule_10_a_late_create_of_a_forgotten_namespace_fails(test: &mut dyn TestS
         assert!(matches!(late, Err(StoreError::Forgotten(gone)) if gone == id.id), "{late:?} after {step} leases more");
         assert!(matches!(try_put(test, id, 7, &[1]), Err(StoreError::Absent(_))));
     }
-    // also if another process of the store has come since
+    // this is also so after another process has opened the store
     test.crash_user();
     let late = test.store().create(id.id, &record(Purpose::Attempt), LEASE);
     assert!(matches!(late, Err(StoreError::Forgotten(_))), "{late:?}");
     assert_eq!(left(test), []);
 }
 
-/// An answer to `create` was lost and the caller forgets the namespace. The `create` arrives even
-/// later.
+/// Checks that a `create` fails that arrives after the `forget` of its namespace. The caller has
+/// forgotten the namespace because the answer to `create` was lost.
 pub fn rule_10_a_create_that_arrives_after_its_forget_fails(test: &mut dyn TestStore) {
     let id = introduce(test, 1, VM);
     test.store().forget(id).expect("an unknown namespace is forgotten");
@@ -88,18 +90,19 @@ pub fn rule_10_a_create_that_arrives_after_its_forget_fails(test: &mut dyn TestS
     assert_eq!(left(test), []);
 }
 
-/// Forgotten ids do not pile up: after the longest lease they are not remembered any more.
+/// Checks that forgotten ids do not accumulate: after the longest lease they are not remembered any
+/// more.
 pub fn rule_10_forgotten_ids_are_not_remembered_for_ever(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Attempt);
     test.store().forget(id).expect("it is forgotten");
     test.advance(MAX_LEASE + LEASE);
     test.store().create(id.id, &record(Purpose::Attempt), LEASE).expect("the id was remembered for long enough");
-    // nothing of the earlier namespace is left
+    // no page of the earlier namespace is left
     expect_pages(test, id, &[], &[(1, 1)]);
 }
 
-/// `create`, `put` and `renew` return one and the same incarnation of a namespace as long as nothing
-/// is lost, whatever happens to other namespaces.
+/// Checks that `create`, `put` and `renew` return the same incarnation of a namespace as long as
+/// nothing is lost, whatever happens to other namespaces.
 pub fn rule_11_every_answer_has_the_present_incarnation(test: &mut dyn TestStore) {
     let (id, incarnation) = create(test, 1, Purpose::Home);
     let (other, _) = create(test, 2, Purpose::Attempt);
@@ -114,8 +117,8 @@ pub fn rule_11_every_answer_has_the_present_incarnation(test: &mut dyn TestStore
     assert_eq!(present, incarnation, "to forget another namespace is no loss");
 }
 
-/// After a loss, namespaces are absent and new ones get another incarnation, each time a different
-/// one.
+/// Checks that after a loss namespaces are absent, and that new ones get another incarnation, a
+/// different one after each loss.
 pub fn rule_11_a_loss_changes_the_incarnation(test: &mut dyn TestStore) {
     let mut seen = Vec::new();
     for _ in 0..3 {
@@ -127,7 +130,7 @@ pub fn rule_11_a_loss_changes_the_incarnation(test: &mut dyn TestStore) {
         assert!(matches!(try_put(test, id, 2, &[1]), Err(StoreError::Absent(_))));
         assert!(matches!(test.store().renew(id, SOURCE, LEASE), Err(StoreError::Absent(_))));
         assert_eq!(test.store().record(id.id).expect("the store answers"), None);
-        // the writer's repeated create reaches the store: the incarnation tells that the page is
+        // the writer's repeated create reaches the store: the incarnation shows that the page is
         // lost
         let incarnation = test.store().create(id.id, &record(Purpose::Home), LEASE).expect("it is created anew");
         assert!(!seen.contains(&incarnation), "a loss does not change the incarnation");
@@ -137,8 +140,8 @@ pub fn rule_11_a_loss_changes_the_incarnation(test: &mut dyn TestStore) {
     }
 }
 
-/// A process that used the store crashes. What the store has acknowledged is there, with the same
-/// incarnation.
+/// Checks that a crash of a process that used the store loses nothing that the store has
+/// acknowledged, and does not change the incarnation.
 pub fn rule_11_a_crash_of_a_user_loses_nothing(test: &mut dyn TestStore) {
     let (id, incarnation) = create(test, 1, Purpose::Stage);
     put(test, id, 1, &[1, 2]);
@@ -149,19 +152,19 @@ pub fn rule_11_a_crash_of_a_user_loses_nothing(test: &mut dyn TestStore) {
     assert_eq!(put(test, id, 1, &[2]).taken, [false]);
 }
 
-/// The record is what `create` was given, with the owner of the last renewal.
+/// Checks that the record is the one that `create` was given, with the owner of the last renewal.
 pub fn rule_24_a_record_says_whose_a_namespace_is(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Stage);
     assert_eq!(test.store().record(id.id).expect("the store answers"), Some(record(Purpose::Stage)));
     test.store().renew(id, DESTINATION, LEASE).expect("it is renewed");
     let now = Record { owner: DESTINATION, ..record(Purpose::Stage) };
     assert_eq!(test.store().record(id.id).expect("the store answers"), Some(now));
-    // a create that comes late does not bring the earlier owner back
+    // a late create does not restore the earlier owner
     test.store().create(id.id, &record(Purpose::Stage), LEASE).expect("a repeated create succeeds");
     assert_eq!(test.store().record(id.id).expect("the store answers"), Some(now));
 }
 
-/// A `create` for another VM or purpose does not change a namespace that exists.
+/// Checks that a `create` for another VM or purpose does not change an existing namespace.
 pub fn rule_24_a_namespace_of_another_vm_is_not_taken_over(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Home);
     put(test, id, 1, &[1]);
@@ -174,8 +177,8 @@ pub fn rule_24_a_namespace_of_another_vm_is_not_taken_over(test: &mut dyn TestSt
     expect_pages(test, id, &[(1, 1)], &[]);
 }
 
-/// Whoever asks for another VM than the record's can do nothing with a namespace, although it knows
-/// the id.
+/// Checks that a caller which knows the id, but has another VM than the record's, can do nothing
+/// with a namespace.
 pub fn rule_24_a_namespace_is_for_the_vm_of_its_record_only(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Home);
     put(test, id, 1, &[1]);
@@ -190,7 +193,7 @@ pub fn rule_24_a_namespace_is_for_the_vm_of_its_record_only(test: &mut dyn TestS
         ("forget", store.forget(other)),
     ];
     for (call, result) in results {
-        // a wrapper may refuse it before the store does
+        // a wrapper may refuse the call before the store does
         let refused = matches!(result, Err(StoreError::OtherVm(_) | StoreError::NoKey(_)));
         assert!(refused, "{call} for another VM: {result:?}");
     }

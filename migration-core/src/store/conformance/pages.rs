@@ -1,11 +1,11 @@
-//! Rules about single pages.
+//! Checks of the rules about single pages.
 
 use super::{
     Harm, PAGE_SIZE, PageToGet, PageToPut, Purpose, StoreError, TestStore, Urgency, create, expect_pages, put, soon,
     try_put, value, value_of_len,
 };
 
-/// A value comes back with every byte, whatever its length and the number of its page.
+/// Checks that a value is returned with every byte, whatever its length and the number of its page.
 pub fn rule_03_a_page_comes_back_as_it_was_put(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Home);
     let lengths = [(0, 1), (1, PAGE_SIZE - 1), (2, PAGE_SIZE), (3, PAGE_SIZE + 1), (1 << 28, PAGE_SIZE + 32)];
@@ -39,17 +39,19 @@ pub fn rule_03_a_page_comes_back_as_it_was_put(test: &mut dyn TestStore) {
     assert_eq!(got, short);
 }
 
-/// A page that was never put is reported as missing, and the other pages of the run are handed out.
+/// Checks that a page that was never put is reported as missing, and that the other pages of the
+/// run are returned.
 pub fn rule_03_an_absent_page_is_missing_and_never_zeros(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Home);
     expect_pages(test, id, &[], &[(0, 0), (1, 0), (40, 1)]);
     put(test, id, 1, &[2, 5]);
     expect_pages(test, id, &[(2, 1), (5, 1)], &[(1, 1), (3, 1), (4, 1), (6, 1), (1000, 1)]);
-    // generation 0, which a hole of a table reads as, is no exception
+    // this is also so for generation 0, as which a hole of a table reads
     expect_pages(test, id, &[(2, 1)], &[(0, 0), (7, 0)]);
 }
 
-/// A page is handed out only in the generation that the reader knows: a replay is refused.
+/// Checks that a page is returned only in the generation that the reader knows, so that a replay is
+/// refused.
 pub fn rule_03_another_generation_is_missing(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Home);
     put(test, id, 5, &[7]);
@@ -63,7 +65,8 @@ pub fn rule_03_another_generation_is_missing(test: &mut dyn TestStore) {
 
 const HARMS: [Harm; 4] = [Harm::Lose, Harm::Damage, Harm::LoseTrailer, Harm::MixUp(2)];
 
-/// A page that was lost, damaged or mixed up inside the store is missing. Its neighbours are not.
+/// Checks that a page that was lost, damaged or mixed up inside the store is missing, and that its
+/// neighbours are not.
 pub fn rule_03_a_harmed_page_is_missing(test: &mut dyn TestStore) {
     for (at, harm) in HARMS.into_iter().enumerate() {
         let (id, _) = create(test, at as u8 + 1, Purpose::Home);
@@ -73,7 +76,7 @@ pub fn rule_03_a_harmed_page_is_missing(test: &mut dyn TestStore) {
     }
 }
 
-/// A page that was harmed can be put anew under a later generation.
+/// Checks that a harmed page can be put again under a later generation.
 pub fn rule_03_a_new_put_heals_a_harmed_page(test: &mut dyn TestStore) {
     for (at, harm) in HARMS.into_iter().enumerate() {
         let (id, _) = create(test, at as u8 + 1, Purpose::Home);
@@ -84,7 +87,7 @@ pub fn rule_03_a_new_put_heals_a_harmed_page(test: &mut dyn TestStore) {
     }
 }
 
-/// A put that has a page of zeros is refused, and nothing of it is stored.
+/// Checks that a put with a page of zeros is refused, and that no part of it is stored.
 pub fn rule_03_zeros_are_never_put(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Home);
     let good = value(4, 1);
@@ -99,7 +102,8 @@ pub fn rule_03_zeros_are_never_put(test: &mut dyn TestStore) {
     test.store().put(id, 1, &[PageToPut { page: 5, value: &nearly }]).expect("a byte is not zero");
 }
 
-/// However often a page is put, it takes the room of one page, and only the newest put is there.
+/// Checks that a page needs the room of one page however often it is put, and that only the newest
+/// put is kept.
 pub fn rule_09_a_namespace_keeps_only_the_newest_put_of_a_page(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Home);
     put(test, id, 1, &[3, 4]);
@@ -112,7 +116,7 @@ pub fn rule_09_a_namespace_keeps_only_the_newest_put_of_a_page(test: &mut dyn Te
     expect_pages(test, id, &[], &[(3, 19), (4, 1)]);
 }
 
-/// A put that arrives after a newer one changes nothing, and says so.
+/// Checks that a put that arrives after a newer one changes nothing, and reports this.
 pub fn rule_10_a_put_never_replaces_a_newer_generation(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Home);
     assert_eq!(put(test, id, 5, &[8]).taken, [true]);
@@ -120,13 +124,14 @@ pub fn rule_10_a_put_never_replaces_a_newer_generation(test: &mut dyn TestStore)
         assert_eq!(put(test, id, late, &[8]).taken, [false], "generation {late} after 5");
         expect_pages(test, id, &[(8, 5)], &[]);
     }
-    // the comparison is of numbers, also above the half of them
+    // generations are compared as unsigned numbers, also in the upper half of their range
     assert_eq!(put(test, id, u32::MAX, &[8]).taken, [true]);
     assert_eq!(put(test, id, u32::MAX - 1, &[8]).taken, [false]);
     expect_pages(test, id, &[(8, u32::MAX)], &[]);
 }
 
-/// Of one put, some pages may be newer than what is there and others older. Namespaces do not mix.
+/// Checks a put of which some pages are newer than those in the store and others are older, and
+/// that namespaces do not mix.
 pub fn rule_10_the_comparison_is_made_for_each_page(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Home);
     let (other, _) = create(test, 2, Purpose::Attempt);
@@ -138,7 +143,7 @@ pub fn rule_10_the_comparison_is_made_for_each_page(test: &mut dyn TestStore) {
     expect_pages(test, other, &[(1, 9), (3, 9)], &[(2, 7), (4, 5)]);
 }
 
-/// A network may deliver a put twice. The second delivery is acknowledged as the first one was.
+/// Checks that a put that a network delivers twice is acknowledged both times in the same way.
 pub fn rule_10_a_repeated_put_counts_as_taken(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Home);
     let first = put(test, id, 5, &[1, 2]);
@@ -146,8 +151,8 @@ pub fn rule_10_a_repeated_put_counts_as_taken(test: &mut dyn TestStore) {
     expect_pages(test, id, &[(1, 5), (2, 5)], &[]);
 }
 
-/// Namespace, page and generation alone find a value, however the runs of writer and reader are
-/// cut.
+/// Checks that namespace, page and generation alone identify a value, however the writer and the
+/// reader divide pages into runs.
 pub fn rule_10_readers_may_cut_runs_as_they_like(test: &mut dyn TestStore) {
     let (id, _) = create(test, 1, Purpose::Home);
     let pages: Vec<u64> = (100..164).collect();

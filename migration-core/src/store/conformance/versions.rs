@@ -1,7 +1,8 @@
 //! Checks whether a [`VersionStore`] does what its users rely on.
 //!
-//! Implement [`TestVersions`], and let
-//! [`version_store_conformance!`](crate::version_store_conformance) write a test for each function:
+//! To test a store, implement [`TestVersions`].
+//! [`version_store_conformance!`](crate::version_store_conformance) then writes a test for each
+//! function:
 //!
 //! ```
 //! mod tests {
@@ -30,20 +31,20 @@ use bytes::Bytes;
 use super::Random;
 use crate::{PAGE_SIZE, store::VersionStore};
 
-/// Pages of the VM under test: a store must take pages below this number.
+/// The number of pages of the VM under test. A store must accept pages below this number.
 pub const VM_PAGES: u64 = 1000;
 
-/// A store under test, new and empty, of a VM with [`VM_PAGES`] pages.
+/// A store under test for a VM with [`VM_PAGES`] pages. It is new and empty.
 pub trait TestVersions {
     /// Returns the store.
     fn store(&mut self) -> &mut dyn VersionStore;
 
-    /// Returns whether the store takes another version after a commit.
+    /// Returns whether the store accepts another version after a commit.
     fn takes_several(&self) -> bool {
         true
     }
 
-    /// Lets the process that uses the store crash, and another one open the store. Does nothing,
+    /// Makes the process that uses the store crash, and another one open the store. Does nothing,
     /// and returns `false`, if the store does not outlive its process, or has nothing to be opened
     /// before the first commit.
     fn reopen(&mut self) -> bool {
@@ -90,7 +91,7 @@ fn state(text: &str) -> Bytes {
     Bytes::copy_from_slice(text.as_bytes())
 }
 
-/// Reads pages, and checks that they come once, in order, and whole.
+/// Reads pages, and checks that they are returned once, in order, and complete.
 fn read(test: &mut dyn TestVersions, pages: &[u64]) -> (Contents, io::Result<()>) {
     let mut got = Vec::new();
     let result = test.store().read(pages, &mut |page, content| {
@@ -104,7 +105,7 @@ fn read(test: &mut dyn TestVersions, pages: &[u64]) -> (Contents, io::Result<()>
     (got.into_iter().collect(), result)
 }
 
-/// Asserts that the version has exactly these pages, whichever way they are read.
+/// Asserts that the version has exactly the expected pages, by each way of reading them.
 fn expect(test: &mut dyn TestVersions, number: u32, text: &str, expected: &Contents) {
     assert_eq!(test.store().latest(), Some((number, state(text))));
     let pages: Vec<_> = expected.keys().copied().collect();
@@ -129,7 +130,7 @@ fn expect_nothing(test: &mut dyn TestVersions) {
     test.store().read(&[], &mut |_, _| panic!("a page comes from nowhere")).expect("nothing is read");
 }
 
-/// Before the commit there is nothing, and after it everything.
+/// Checks that before the commit there is nothing, and after it everything.
 pub fn a_version_counts_from_its_commit_on(test: &mut dyn TestVersions) {
     expect_nothing(test);
     for (page, byte) in [(3, 1), (VM_PAGES - 1, 2), (0, 0)] {
@@ -140,7 +141,7 @@ pub fn a_version_counts_from_its_commit_on(test: &mut dyn TestVersions) {
     expect(test, 1, "one", &BTreeMap::from([(0, 0), (3, 1), (VM_PAGES - 1, 2)]));
 }
 
-/// A version that was cut in the middle leaves the one before as it was.
+/// Checks that a version that was interrupted leaves the version before unchanged.
 pub fn what_was_discarded_was_never_put(test: &mut dyn TestVersions) {
     if !test.takes_several() {
         return;
@@ -162,7 +163,7 @@ pub fn what_was_discarded_was_never_put(test: &mut dyn TestVersions) {
     expect(test, 5, "five", &first);
 }
 
-/// Pages are put several times before the commit, as the guest writes on.
+/// Checks that the last put counts if pages are put several times before the commit.
 pub fn the_last_put_of_a_page_counts(test: &mut dyn TestVersions) {
     for (page, byte) in [(5, 1), (6, 1), (7, 0), (5, 2), (6, 0), (7, 3), (7, 4)] {
         put(test, page, byte);
@@ -171,7 +172,7 @@ pub fn the_last_put_of_a_page_counts(test: &mut dyn TestVersions) {
     expect(test, 1, "", &BTreeMap::from([(5, 2), (6, 0), (7, 4)]));
 }
 
-/// Pages that were not put since the commit before stay, also over many versions.
+/// Checks that pages that were not put since the commit before stay, also over many versions.
 pub fn a_version_builds_on_the_one_before(test: &mut dyn TestVersions) {
     if !test.takes_several() {
         return;
@@ -187,7 +188,8 @@ pub fn a_version_builds_on_the_one_before(test: &mut dyn TestVersions) {
     }
 }
 
-/// Any pages, in runs and alone, as a VM touches them that is started before its RAM was read.
+/// Checks reads of any pages, in runs and alone, as a VM touches them that is started before its
+/// RAM was read.
 pub fn pages_are_read_at_random(test: &mut dyn TestVersions) {
     let byte = |page: u64| if page.is_multiple_of(5) { 0 } else { page as u8 | 1 };
     let pages: Vec<u64> = (0..VM_PAGES).filter(|page| page % 7 != 3).collect();
@@ -208,7 +210,8 @@ pub fn pages_are_read_at_random(test: &mut dyn TestVersions) {
     }
 }
 
-/// A page that was never put is missing, and not zeros. Lists that do not ascend are refused.
+/// Checks that a page that was never put is missing, and not zeros, and that lists that do not
+/// ascend are refused.
 pub fn a_page_that_is_not_in_the_version_is_an_error(test: &mut dyn TestVersions) {
     for page in [2, 3, 7] {
         put(test, page, 1);
@@ -231,7 +234,7 @@ fn read_any(test: &mut dyn TestVersions, pages: &[u64]) -> (Vec<u64>, io::Result
     (got, result)
 }
 
-/// What the reader refuses is not taken for read.
+/// Checks that an error of the reader ends the reading, so that refused pages do not count as read.
 pub fn an_error_of_the_reader_ends_the_reading(test: &mut dyn TestVersions) {
     for page in 0..10 {
         put(test, page, 1);
@@ -253,7 +256,7 @@ pub fn an_error_of_the_reader_ends_the_reading(test: &mut dyn TestVersions) {
     }
 }
 
-/// Another process finds the last version, and nothing of what was put after it.
+/// Checks that another process finds the last version, and no page that was put after it.
 pub fn a_version_outlives_the_process(test: &mut dyn TestVersions) {
     put(test, 3, 1);
     put(test, 9, 0);
@@ -276,7 +279,7 @@ pub fn a_version_outlives_the_process(test: &mut dyn TestVersions) {
     }
 }
 
-/// Random calls, against a naive model.
+/// Checks random calls against a simple model.
 pub fn any_order_of_calls_keeps_versions_whole(test: &mut dyn TestVersions) {
     if !test.takes_several() {
         return;

@@ -10,7 +10,7 @@ use crate::vm::VmId;
 const MIB: u64 = 1 << 20;
 const VM: VmId = VmId([1; 16]);
 
-/// A store with a limit of 1 MiB/s, and its time.
+/// A store with a limit of 1 MiB/s, and its clock.
 struct Limited {
     memory: InMemory,
     store: RateLimited<Arc<MemoryPageStore>>,
@@ -24,7 +24,7 @@ impl Limited {
         Self { memory, store, pace }
     }
 
-    /// With a namespace.
+    /// Returns the store with one namespace.
     fn with_a_namespace() -> (Self, VmNamespace) {
         let this = Self::new();
         let record = Record { vm: VM, purpose: Purpose::Stage, owner: Owner::new("host-7").unwrap() };
@@ -33,7 +33,7 @@ impl Limited {
         (this, namespace)
     }
 
-    /// Puts so many pages, and returns the time when the put has begun.
+    /// Puts `count` pages. Returns the time at which the put has begun.
     fn put(&self, namespace: VmNamespace, generation: u32, count: u64) -> Duration {
         let value = [1; PAGE_SIZE];
         let run: Vec<_> = (0..count).map(|page| PageToPut { page, value: &value }).collect();
@@ -86,7 +86,7 @@ fn puts_keep_to_the_budget_for_as_long_as_it_lives() {
     test.pace.advance(Duration::from_secs(3600));
     let start = test.put(namespace, 4, 128);
     assert_eq!(test.put(namespace, 5, 128), start + Duration::from_millis(500));
-    // what is refused costs nothing
+    // a refused put does not use the budget
     assert!(test.store.put(namespace, 6, &[]).is_err());
     assert_eq!(test.put(namespace, 7, 1), start + Duration::from_secs(1));
 }
@@ -104,7 +104,7 @@ fn prefetches_share_the_budget_and_faults_bypass_it() {
     assert!(result.is_ok() && got == 256);
     // the last of four pieces begins after the put and three pieces
     assert_eq!(test.pace.now(), Duration::from_millis(1750));
-    // pages that are missing are reported over all pieces
+    // missing pages are reported for all pieces together
     let (got, result) = test.get(namespace, 400, Urgency::Prefetch, long);
     assert_eq!(got, 256);
     assert!(matches!(result, Err(StoreError::Missing { count: 144, first: 256, .. })), "{result:?}");
@@ -130,7 +130,7 @@ fn the_limit_can_change() {
     test.store.set_limit(NonZeroU64::new(2 * MIB));
     test.put(namespace, 10, 256);
     assert_eq!(test.put(namespace, 11, 1), Duration::from_millis(500));
-    // a limit that is hardly one does not overflow
+    // an extremely low limit does not overflow
     test.store.set_limit(NonZeroU64::new(1));
     test.put(namespace, 12, 256);
     assert!(test.put(namespace, 13, 1) >= Duration::from_secs(1 << 20));
@@ -155,7 +155,7 @@ fn it_has_the_name_of_the_store_and_waits_on_the_clock_of_the_process() {
     assert_eq!(limited.store.name(), limited.memory.shared().name());
     let clock = ProcessClock::default();
     let (begin, time) = (clock.now(), Duration::from_millis(2));
-    // never shorter; how much longer depends on the host
+    // the wait is never shorter; how much longer it is depends on the host
     clock.wait(time);
     assert!(clock.now() >= begin + time);
 }

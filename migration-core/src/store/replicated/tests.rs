@@ -15,11 +15,11 @@ use crate::{PAGE_SIZE, vm::VmId};
 const VM: VmId = VmId([1; 16]);
 const LEASE: Duration = Duration::from_secs(60);
 
-/// A store in memory that can be silent.
+/// A store in memory that can stop to answer.
 struct Replica {
     memory: MemoryPageStore,
     silent: AtomicBool,
-    /// How often it was asked for pages.
+    /// The number of gets that the store has received.
     gets: AtomicU32,
 }
 
@@ -96,7 +96,7 @@ impl Pair {
         Self { store, clock }
     }
 
-    /// With pages 1 to 3 in generation 1.
+    /// Returns the pair with pages 1 to 3 in generation 1.
     fn with_pages() -> (Self, VmNamespace) {
         let this = Self::new();
         let namespace = Namespace::new([7; 16]).of(VM);
@@ -153,7 +153,8 @@ impl TestStore for Pair {
         self.store.stores().iter().for_each(|replica| replica.memory.lose_everything());
     }
 
-    /// A page that only one store has lost is there: harm is done in both.
+    /// Harms the page in both stores, because a page that only one store has lost can still be
+    /// read.
     fn harm(&mut self, id: NamespaceId, page: u64, harm: Harm) -> bool {
         self.store.stores().iter().all(|Replica { memory, .. }| match harm {
             Harm::Lose => memory.lose_page(id, page),
@@ -180,7 +181,7 @@ fn a_put_is_acknowledged_when_all_stores_have_the_page() {
         replica.memory.get(namespace, &wanted, Urgency::Fault, deadline, &mut |_, _| got += 1).unwrap();
         assert_eq!(got, 1);
     }
-    // one of them has something newer
+    // one of the stores has a newer generation
     put(&test.replica(1).memory, namespace, 9, &[2]).unwrap();
     assert_eq!(test.put(namespace, 8, &[1, 2]).unwrap().taken, [true, false]);
 }
@@ -188,13 +189,14 @@ fn a_put_is_acknowledged_when_all_stores_have_the_page() {
 #[test]
 fn a_reader_asks_the_next_store() {
     let (test, namespace) = Pair::with_pages();
-    // one lacks page 1, the other one page 2, and one has page 3 in another generation
+    // one store does not have page 1, the other one not page 2, and one has page 3 in another
+    // generation
     assert!(test.replica(0).memory.lose_page(namespace.id, 1));
     assert!(test.replica(1).memory.damage_page(namespace.id, 2));
     put(&test.replica(0).memory, namespace, 2, &[3]).unwrap();
     let (got, result) = test.get(namespace, 1, &[1, 2, 3]);
     assert!(result.is_ok() && got == [1, 2, 3], "{result:?}");
-    // missing only if all lack it
+    // a page is missing only if no store has it
     let (got, result) = test.get(namespace, 1, &[1, 4]);
     assert!(matches!(result, Err(StoreError::Missing { count: 1, first: 4, .. })) && got == [1], "{result:?}");
 }
@@ -205,11 +207,11 @@ fn a_silent_store_is_not_taken_for_one_that_lacks_the_page() {
     test.silence(0, true);
     let (got, result) = test.get(namespace, 1, &[1, 2]);
     assert!(result.is_ok() && got == [1, 2]);
-    // the one that has answered is asked first from now on
+    // the store that has answered is asked first from now on
     let asked = test.replica(0).gets.load(Ordering::Relaxed);
     assert!(test.get(namespace, 1, &[1]).1.is_ok());
     assert_eq!(test.replica(0).gets.load(Ordering::Relaxed), asked);
-    // the other one may have page 4
+    // the other store may have page 4
     let (_, result) = test.get(namespace, 1, &[1, 4]);
     assert!(matches!(result, Err(StoreError::TimedOut)), "{result:?}");
     test.silence(1, true);
@@ -225,7 +227,7 @@ fn a_loss_in_one_store_changes_the_incarnation_and_loses_no_page() {
     assert_eq!(test.get(namespace, 1, &[1, 2, 3]).0, [1, 2, 3]);
     assert_eq!(test.store.record(namespace.id).unwrap(), Some(record()));
     assert_ne!(test.store.create(namespace.id, &record(), LEASE).unwrap(), before);
-    // the order matters too: two stores do not cancel each other out
+    // the order of the stores matters, and equal incarnations do not cancel each other out
     let [a, b] = [1, 2].map(|byte| Incarnation([byte; 16]));
     assert_ne!(combined(&[a, b]), combined(&[b, a]));
     assert_ne!(combined(&[a, a]), combined(&[b, b]));
@@ -239,7 +241,7 @@ fn a_namespace_has_expired_when_no_store_has_a_lease_for_it() {
     assert_eq!(test.store.expired().unwrap(), []);
     test.clock.advance(2 * LEASE);
     assert_eq!(test.store.expired().unwrap(), [(namespace.id, record())]);
-    // one of them has forgotten it already
+    // one of the stores has forgotten the namespace already
     test.silence(0, true);
     assert!(test.store.forget(namespace).is_err());
     assert!(test.store.expired().is_err());
@@ -263,6 +265,6 @@ fn each_store_has_its_share_of_the_time() {
     let [half, tenth] = [2, 10].map(|stores| share(deadline, stores));
     let now = Instant::now();
     assert!(now < tenth && tenth < half && half < deadline);
-    // a time that has passed is over at once
+    // a deadline in the past is over at once
     assert!(share(now, 2) >= now);
 }
