@@ -104,7 +104,6 @@ impl SharedPageMap {
     /// # Errors
     /// Returns an error of kind `TimedOut` if other threads have not released their claims within a
     /// minute. The error names the threads.
-    /// threads.
     pub fn claim(&self, range: PageRange, copy: PageCopy) -> io::Result<Option<Claim<'_>>> {
         let deadline = Instant::now() + self.patience;
         let mut state = self.lock();

@@ -36,8 +36,6 @@
 //! | [`entry_reopened`](PageMap::entry_reopened) | source | pages can be put into the entry again |
 //! | [`lacks`](PageMap::lacks) | source | the destination has asked for the pages once more |
 //! | [`released`](PageMap::released) | destination | no page is held any more |
-//! | [`lacks`](PageMap::lacks) | source | the destination has asked for them once more |
-//! | [`released`](PageMap::released) | destination | no page is held any more |
 
 mod copies;
 mod eviction;
