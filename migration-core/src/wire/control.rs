@@ -25,7 +25,7 @@ pub enum ErrorCode {
     Version,
     /// The peer broke the protocol.
     Protocol,
-    /// The destination serves another VM or another session.
+    /// The destination is busy with another VM or another session.
     Busy,
     /// The destination cannot run this VM.
     Mismatch,
