@@ -1,4 +1,4 @@
-//! `minivmm broker`: keeps the RAM of VMs, and shows what is kept.
+//! `minivmm broker`: keeps the RAM of VMs, and shows the RAM that is kept.
 
 use std::{
     fs::{self, File},
@@ -28,10 +28,10 @@ use crate::{
     signals::{Asked, Signals},
 };
 
-/// Bytes that are looked at, and written, at once.
+/// The number of bytes that are examined and written at once.
 const PIECE: usize = 64 << 10;
 
-/// Runs the command; the exit status.
+/// Runs the command. Returns the exit status.
 pub(crate) fn run(args: &Broker, signals: Option<&Signals>) -> u8 {
     let answer = match (&args.listen, &args.at) {
         (Some(path), _) => return serve(path, args, signals),
@@ -46,7 +46,7 @@ pub(crate) fn run(args: &Broker, signals: Option<&Signals>) -> u8 {
     0
 }
 
-/// Until a signal ends the process; the exit status.
+/// Serves until a signal ends the process. Returns the exit status.
 fn serve(path: &Path, args: &Broker, signals: Option<&Signals>) -> u8 {
     let ended = Arc::new((AtomicBool::new(false), AtomicU8::new(0)));
     if let Some(signals) = signals {
@@ -57,7 +57,7 @@ fn serve(path: &Path, args: &Broker, signals: Option<&Signals>) -> u8 {
                 ends.1.store(status, Ordering::Relaxed);
                 ends.0.store(true, Ordering::Release);
             }
-            // it may be gone already
+            // the file may be gone already
             Asked::Again => drop(fs::remove_file(&socket)),
         });
     }
@@ -99,8 +99,8 @@ fn ask(args: &Broker, broker: &BrokerClient) -> Result<Value, String> {
     Ok(json!({"kept": kept}))
 }
 
-/// Writes RAM to a sparse file of mode 0600, each byte at its guest physical address. The file is
-/// there when it is complete.
+/// Writes the RAM of a VM to a sparse file of mode 0600, each byte at its guest physical address.
+/// The file appears when it is complete.
 fn dump(broker: &BrokerClient, vm: VmId, out: &Path) -> Result<Value, String> {
     let ram = broker.retrieve(vm).map_err(describe)?;
     let context = |e: io::Error| format!("{}: {e}", out.display());
@@ -126,7 +126,7 @@ fn dump(broker: &BrokerClient, vm: VmId, out: &Path) -> Result<Value, String> {
     Ok(json!({"vm": vm.to_string(), "out": out, "backing": ram.label, "ram_bytes": bytes, "written_bytes": written}))
 }
 
-/// The answer for a person: a line for each VM that is kept, or for each field.
+/// Returns the answer as text: a line for each VM that is kept, or for each field.
 fn lines(answer: &Value) -> String {
     let line = |vm: &Value| {
         let text = |key: &str| Escaped(vm[key].as_str().unwrap_or("-")).to_string();

@@ -1,6 +1,7 @@
-//! A memory checker, which looks at a guest from outside while it runs: what its pages hold, and
-//! whether a page has changed without being in the dirty log, at whichever VMM the guest ran
-//! meanwhile. Then either the log or the memory is broken.
+//! A memory checker, which examines a guest from outside while the guest runs. It reports what the
+//! guest's pages contain. It also reports whether a page has changed without being in the dirty
+//! log, whichever VMM has run the guest meanwhile. In that case, either the log or the memory is
+//! broken.
 
 use std::collections::HashSet;
 
@@ -9,22 +10,22 @@ use serde_json::{Value, json};
 
 use crate::vmm::Machine;
 
-/// What a page held when it was last looked at.
+/// The content of a page at the last check.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Seen {
-    /// It was written while it was looked at, or never was looked at.
+    /// Unknown, because the page was written during the check, or was never checked.
     Unknown,
     Checksum(u32),
 }
 
-/// Remembers a checksum of each page from one visit to the next.
+/// Remembers a checksum of each page from one check to the next.
 #[derive(Default)]
 pub(crate) struct Checker {
     pages: Vec<Seen>,
 }
 
 impl Checker {
-    /// Looks at all of RAM; the figures, and what is wrong.
+    /// Checks all of RAM. Returns the figures, and a text if something is wrong.
     pub(crate) fn check(&mut self, machine: &Machine) -> Result<(Value, Option<String>), String> {
         let ram = machine.ram();
         let count = usize::try_from(machine.pages()).map_err(|e| e.to_string())?;
@@ -45,7 +46,7 @@ impl Checker {
             }
             *seen = now;
         }
-        // while this looked at it: what it saw of them is of no instant
+        // these pages were written during the check, so their checksums are of no single moment
         let meanwhile = log()?;
         for page in meanwhile.iter() {
             if let Some(seen) = usize::try_from(page).ok().and_then(|page| self.pages.get_mut(page)) {
@@ -100,7 +101,7 @@ mod tests {
         let (figures, wrong) = checker.check(&machine).unwrap();
         assert_eq!((figures["changed"].as_u64(), figures["not_logged"].as_u64()), (Some(1), Some(1)));
         assert!(wrong.unwrap().contains("page 77"));
-        // it is told once
+        // the change is reported once
         assert_eq!(checker.check(&machine).unwrap().1, None);
     }
 }

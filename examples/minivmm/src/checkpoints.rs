@@ -1,5 +1,5 @@
-//! The protection of fail-safe post-copy, as users ask for it: checkpoints in memory, or in a
-//! folder that both ends have.
+//! The protection of fail-safe post-copy as users configure it: checkpoints in memory, or in a
+//! folder that both ends can access.
 
 use std::{
     io,
@@ -20,15 +20,15 @@ use minivmm_client::{Protect, log::Logged};
 
 use crate::sealing::Sealing;
 
-/// The protection of one attempt.
+/// The protection of one migration attempt.
 pub(crate) struct Protection {
     pub(crate) fail_safe: FailSafe,
     folders: Option<AttemptFolders>,
 }
 
 impl Protection {
-    /// Makes what `protect` asks for. If this is dropped before the attempt has begun, nothing is
-    /// left of it.
+    /// Creates the stores that `protect` asks for. If the result is dropped before the attempt has
+    /// begun, nothing of it remains.
     pub(crate) fn new(
         protect: &Protect,
         sealing: &Arc<Sealing>,
@@ -53,19 +53,21 @@ impl Protection {
         Ok(Self { fail_safe, folders })
     }
 
-    /// The attempt begins: from now on [`end`](Self::end) says what stays.
+    /// Records that the attempt begins. From now on [`end`](Self::end) decides which folders
+    /// remain.
     pub(crate) fn begin(mut self) -> Self {
         self.folders.iter_mut().for_each(AttemptFolders::begin);
         self
     }
 
-    /// The attempt has ended. What a VM that is lost could be restored from stays.
+    /// Records that the attempt has ended. Checkpoints from which a lost VM could be restored
+    /// remain.
     pub(crate) fn end(self, outcome: Outcome) {
         self.folders.into_iter().for_each(|folders| folders.end(outcome));
     }
 }
 
-/// The folders below `dir`, sealed if this minivmm seals.
+/// Returns the checkpoint folders below `dir`, sealed if this minivmm has a seal key.
 pub(crate) fn folders(dir: PathBuf, sealing: &Arc<Sealing>) -> CheckpointFolders {
     CheckpointFolders::new(dir, Arc::new(SealedStores(sealing.clone())), Arc::new(Logged))
 }

@@ -29,8 +29,8 @@ use crate::{
 };
 pub use crate::{cli::Command, instance::PushOrders};
 
-/// Runs a command, and returns what the process ends with. Clients of the VM may choose the push
-/// orders that `more` knows, beside those that everybody has.
+/// Runs a command, and returns the exit status of the process. Clients of the VM may choose the
+/// push orders that `more` knows, in addition to the built-in ones.
 pub fn run(command: &Command, more: PushOrders) -> ExitCode {
     let result = match command {
         Command::Run(args) => with_a_vm(|signals| run_vm(args, signals, more)),
@@ -47,36 +47,37 @@ pub fn run(command: &Command, more: PushOrders) -> ExitCode {
         log!("{why}");
         1
     });
-    // how a VMM ends says what became of its VM, not of its words
+    // the exit status of a VMM reports the fate of its VM, whether or not output was lost
     let output_counts = !matches!(command, Command::Run(_) | Command::Receive(_));
     ExitCode::from(log::finish(status, output_counts))
 }
 
-/// Push orders of a program that has none of its own.
+/// Returns `None` for every name. For programs that have no push orders of their own.
 pub fn no_push_orders(_name: &str) -> Option<Box<dyn migration_core::strategy::PushOrder>> {
     None
 }
 
-/// Writes what is left of the output of a command, and returns what the process ends with.
+/// Writes the remaining output of a command, and returns the exit status of the process.
 pub fn finish(status: u8) -> ExitCode {
     ExitCode::from(log::finish(status, true))
 }
 
-/// Makes a file that has reached its limit an error of the write, instead of a signal that ends the
-/// process.
+/// Makes a write to a file that has reached its size limit fail with an error. Without this call, a
+/// signal would end the process.
 pub fn survive_file_limits() {
     signals::survive_file_limits();
 }
 
-/// Readies a process that is to have a VM, or keeps the RAM of some, before it has another thread.
+/// Prepares a process that will have a VM, or will keep RAM of VMs, and runs `command`. The process
+/// must not have another thread yet.
 fn with_a_vm(command: impl FnOnce(&Signals) -> Result<u8, String>) -> Result<u8, String> {
     let signals = Signals::wait()?;
     log::start();
     command(&signals)
 }
 
-/// Reports a wrong command line, and returns what the process ends with. Programs that asked for
-/// JSON get JSON.
+/// Reports a wrong command line, and returns the exit status of the process. The report is JSON if
+/// the arguments contain `--json`.
 pub fn wrong_command_line(error: &clap::Error) -> ExitCode {
     let wants_json = std::env::args().any(|a| a == "--json");
     if wants_json && error.use_stderr() {
@@ -123,7 +124,7 @@ fn run_vm(args: &Run, signals: &Signals, more: PushOrders) -> Result<u8, String>
     keep_cold_pages(args, &instance)?;
     instance.keep_ram()?;
     if args.paused {
-        // whoever can ask already hears that it is
+        // the VM is paused before the control socket is served, so that every client sees it paused
         machine.start(false).map_err(|e| e.to_string())?;
     }
     serve(&args.common, &instance)?;
@@ -152,7 +153,7 @@ fn restore(args: &Run, path: &Path, signals: &Signals, more: PushOrders) -> Resu
     let restart = args.restart.as_deref().map(serde_json::from_str).transpose();
     let restart = restart.map_err(|e| format!("--restart: {e}"))?;
     let max_ram_bytes = match restart {
-        // it ran on this host when it was saved
+        // the VM ran on this host when it was saved, so its RAM needs no limit
         Some(_) => u64::MAX,
         None => max_memory(args.max_memory)?,
     };
@@ -188,11 +189,11 @@ fn receive(args: &Receive, signals: &Signals, more: PushOrders) -> Result<u8, St
         instance.has_snapshot(snapshot.clone());
     }
     let max_memory = match args.successor_of {
-        // its RAM is on this host already, whatever its size
+        // the VM's RAM is on this host already, so its RAM needs no limit
         Some(_) => Arrival::SHARED.max_memory,
         None => max_memory(args.max_memory)?,
     };
-    // the successor of a VMM gets the VM's pages where they are
+    // the successor of a VMM maps the VM's pages where they are, so none come through page stores
     let through_stores = args.successor_of.is_none();
     let arrival = Arrival { checkpoints: args.checkpoints.clone(), max_memory, through_stores };
     let listening = instance.receive(&args.listen, security, host, arrival)?;
@@ -204,14 +205,14 @@ fn receive(args: &Receive, signals: &Signals, more: PushOrders) -> Result<u8, St
     if args.successor_of.is_some() {
         return Ok(instance.wait_exit());
     }
-    // what a name stands for
+    // the addresses that a host name resolves to
     let bound: String = listening.bound.iter().map(|bound| format!("bound {bound}\n")).collect();
     log::announce(format!("listening {}\n{bound}", listening.address));
     Ok(instance.wait_exit())
 }
 
-/// The most RAM that a VM from outside may have: what the user allows, else as much as this host
-/// has.
+/// Returns the most RAM, in bytes, that a VM from outside may have: the size that the user allows,
+/// or else the size of this host's memory.
 fn max_memory(allowed: Option<u64>) -> Result<u64, String> {
     match allowed {
         Some(bytes) => Ok(bytes),
@@ -232,15 +233,15 @@ fn instance(common: &Common, signals: &Signals, more: PushOrders) -> Result<Arc<
     Ok(instance)
 }
 
-/// Where the serial port of a VM that is to come will write: found out now, and not when the VM has
-/// moved.
+/// Returns the target of the serial port of a VM that will arrive. The target is checked now, and
+/// not after the VM has moved.
 fn serial(common: &Common) -> Result<SerialTarget, String> {
     let target = SerialTarget::from(common.serial.as_str());
     target.check().map_err(|e| e.to_string())?;
     Ok(target)
 }
 
-/// Where this minivmm is to be found.
+/// Records the place at which clients find this minivmm.
 fn settle(common: &Common, instance: &Instance) -> Result<(), String> {
     let Some(control) = &common.control else { return Ok(()) };
     let serial = match common.serial.as_str() {

@@ -1,4 +1,4 @@
-//! The control socket, as the server has it. Requests and answers are `minivmm_client`'s.
+//! The server side of the control socket. `minivmm_client` defines the requests and answers.
 
 use std::{
     io,
@@ -17,25 +17,25 @@ use serde_json::Value;
 
 use crate::instance::Instance;
 
-/// A bound control socket, removed with its path when dropped.
+/// A bound control socket. Its path is removed when a process that serves it ends.
 pub(crate) struct ControlSocket {
     listener: UnixListener,
     path: PathBuf,
 }
 
 impl ControlSocket {
-    /// Binds `path`, for this user alone (mode 0600 whatever the umask); a socket file on which
-    /// nobody listens is replaced.
+    /// Binds `path` for this user only: the socket has mode 0600 whatever the umask is. A socket
+    /// file on which nobody listens is replaced.
     ///
-    /// The file appears only when it can be connected to: a socket is bound before it listens, so
-    /// it gets its name last.
+    /// A socket is bound before it listens, so it gets its name last. The file thus appears only
+    /// when clients can connect to it.
     pub(crate) fn bind(path: &Path) -> io::Result<Self> {
         let context = |e: io::Error| io::Error::new(e.kind(), format!("control socket {}: {e}", path.display()));
         let listener = listen_private(path).map_err(context)?;
         Ok(Self { listener, path: path.to_owned() })
     }
 
-    /// Serves clients on threads of their own, until the process ends.
+    /// Serves clients on separate threads until the process ends.
     pub(crate) fn serve(self, instance: Arc<Instance>) -> io::Result<()> {
         instance.remove_at_exit(self.path);
         let listener = self.listener;
@@ -45,7 +45,8 @@ impl ControlSocket {
     }
 }
 
-/// Asks another minivmm, on behalf of a process that has a VM: one that is stopped is given up.
+/// Returns the answer of another minivmm to a request of a process that has a VM. Does not wait
+/// without limit for a minivmm that is stopped.
 pub(crate) fn ask_peer(path: &Path, request: &Request) -> Result<Value, String> {
     Ok(minivmm_client::ask_peer(path, request)?)
 }

@@ -1,5 +1,5 @@
-//! `minivmm feature`: a VMM with a feature borrows a VM from the one at which it is at home, uses
-//! it, and gives it back. Between two trips the VM stays built here, at rest.
+//! `minivmm feature`: a feature VMM borrows a VM from its home VMM, uses the VM, and returns it.
+//! Between two trips the VM stays built here, in standby.
 
 use std::{
     path::{Path, PathBuf},
@@ -39,17 +39,18 @@ use crate::{
     vmm::{HostOptions, SerialTarget, Tenant},
 };
 
-/// How long the guest may take to come, once it was asked for.
+/// The longest time until the guest arrives, from the request.
 const COMING: Duration = Duration::from_secs(30);
-/// How long a trip may take beyond the time for which the guest is held.
+/// The longest time of a trip, in addition to the time for which the guest is held.
 const WITHIN: Duration = Duration::from_secs(60);
-/// How often an owner that does not take its guest back is tried again, and at which intervals.
+/// The number of attempts to return the guest to an owner that does not take it, and their
+/// interval.
 const RETURNS: u32 = 10;
 const RETRY: Duration = Duration::from_millis(500);
-/// How often it is looked whether a home that is being replaced has been.
+/// The interval of the checks whether a home VMM that is being replaced has been replaced.
 const LOOK_AT_HOME: Duration = Duration::from_millis(20);
 
-/// Runs the command; the exit status.
+/// Runs the command. Returns the exit status.
 pub(crate) fn run(args: &Feature, signals: &Signals) -> u8 {
     match Borrower::new(args).and_then(|borrower| borrower.run(signals)) {
         Ok(status) => status,
@@ -77,40 +78,40 @@ fn show(args: &Feature, trip: &Value) {
     }
 }
 
-/// A VMM that borrows.
+/// A feature VMM, which borrows a VM.
 struct Borrower<'a> {
     args: &'a Feature,
     instance: Arc<Instance>,
-    /// The control socket of the VM's home.
+    /// The control socket of the home VMM.
     attach: PathBuf,
-    /// Where its serial port goes.
+    /// The target of the VM's serial port.
     serial: String,
     control: PathBuf,
     listen: PathBuf,
     checker: Checker,
 }
 
-/// How a trip has ended.
+/// The end of a trip.
 enum End {
-    /// The guest is at home again.
+    /// The guest is at its home VMM again.
     Home(Standby<Tenant>),
-    /// This process has nothing to do any more, and ends with this status.
+    /// This process has nothing more to do, and ends with this exit status.
     Over(u8),
 }
 
-/// The VMM at which the VM is at home.
+/// The home VMM of the VM.
 struct Owner {
     identity: Vec<u8>,
     broker: Option<PathBuf>,
-    /// Whether its VM is on the way elsewhere.
+    /// Whether its VM is leaving for another host.
     leaving: bool,
 }
 
-/// The guest with the report of its coming, or the VM without it and why.
+/// The guest with the report of its arrival, or the standby VM without the guest and the reason.
 type Borrowed = Result<(Active<Tenant>, Value), (Standby<Tenant>, String)>;
 
-/// Where the VM's home is found. One that ended before it could answer had left its place to a
-/// successor.
+/// Returns the place of the VM's home. A home that ended before it could answer has left its place
+/// to a successor, so a failed request is repeated once.
 fn place_of(home: &Path) -> Result<Value, String> {
     let place = || ask_peer(home, &Request::Place);
     place().or_else(|_| place()).map_err(|why| format!("feature: {why}"))
@@ -119,7 +120,7 @@ fn place_of(home: &Path) -> Result<Value, String> {
 impl<'a> Borrower<'a> {
     fn new(args: &'a Feature) -> Result<Self, String> {
         match &args.work {
-            // nothing is borrowed for what cannot be done with these keys
+            // nothing is borrowed for work that is impossible with these keys
             Work::Migrate(to) => drop(args.encryption.security(Some(to))?),
             Work::Snapshot(_) | Work::Check if args.encryption.encrypt != Encrypt::None => {
                 return Err("--encrypt goes with --do migrate:URL, nothing else leaves this host".into());
@@ -135,7 +136,7 @@ impl<'a> Borrower<'a> {
         let (control, listen) = (beside("f"), beside("g"));
         let home = place_of(&attach)?;
         let serial = home["serial"].as_str().unwrap_or("null").to_owned();
-        // what is sealed at home is sealed here as well
+        // files that are sealed at home are sealed here as well
         let key = args.seal.seal_key_file.clone().or_else(|| home["seal_key"].as_str().map(PathBuf::from));
         let instance = Instance::new(None, Sealing::load(key.as_deref())?, PageStores::default());
         Ok(Self { args, instance, attach, serial, control, listen, checker: Checker::default() })
@@ -189,7 +190,7 @@ impl<'a> Borrower<'a> {
         Ok(self.instance.wait_exit())
     }
 
-    /// There and back, once.
+    /// Makes one trip: borrows the guest, does the work, and returns the guest.
     fn trip(&mut self, dormant: Standby<Tenant>, number: u32) -> Result<(Value, End), String> {
         let (guest, lent, owner) = self.borrow(dormant)?;
         let began = Instant::now();
@@ -215,8 +216,9 @@ impl<'a> Borrower<'a> {
         Ok((trip, end))
     }
 
-    /// Waits for the guest, and has its owner hand it over; the report of that, and who the owner
-    /// is. If that is replaced meanwhile, its successor is asked.
+    /// Waits for the guest, and has its owner hand it over. Returns the guest, the report of the
+    /// hand-over, and the owner's identity. If the owner is replaced meanwhile, its successor is
+    /// asked.
     fn borrow(&self, mut dormant: Standby<Tenant>) -> Result<(Active<Tenant>, Value, Vec<u8>), String> {
         let deadline = Instant::now() + COMING;
         let mut owner = self.owner()?;
@@ -239,8 +241,8 @@ impl<'a> Borrower<'a> {
         Ok(Owner { identity, broker, leaving: home["leaving"] == true })
     }
 
-    /// Whom to ask after this one has refused: who is found in its place, or itself, if its VM was
-    /// on the way elsewhere and stays.
+    /// Returns the owner to ask after `refused` has refused: the process that has replaced it, or
+    /// the same process, if its VM was leaving and now stays.
     fn next_owner(&self, refused: &Owner, deadline: Instant) -> Option<Owner> {
         let mut was_leaving = false;
         while Instant::now() < deadline {
@@ -257,7 +259,7 @@ impl<'a> Borrower<'a> {
         None
     }
 
-    /// Nobody looks at the dirty log any more.
+    /// Has the home VMM stop the dirty log, which no process reads any more.
     fn stop_log(&self) -> Result<(), String> {
         let owner = self.owner()?;
         let asked = self.ask(&Request::StopLog);
@@ -293,7 +295,8 @@ impl<'a> Borrower<'a> {
         let answer = fetched.answer.unwrap_or_else(|| Err("the VM's home does not answer".into()));
         Ok(match (fetched.guest, answer) {
             (Ok(guest), Ok(report)) => Ok((guest, report)),
-            // it is here all the same, and its owner may be gone: then there is no way back
+            // The guest is here nevertheless. Its owner may be gone, and then the guest cannot be
+            // returned.
             (Ok(guest), Err(why)) => Ok((guest, report::not_begun("handover", &why))),
             (Err((dormant, _)), Ok(report)) => {
                 let reason = report["reason"].as_str().unwrap_or("the VM's home gives no reason");
@@ -322,14 +325,14 @@ impl<'a> Borrower<'a> {
         Ok(judged(self.instance.migrate(&request, &mut |_| {})?))
     }
 
-    /// Hands the guest back. If its owner has died, or does not take it, this is its home from now
-    /// on.
+    /// Hands the guest back. If its owner has died, or does not take the guest, this process is the
+    /// guest's home from now on.
     fn give_back(&self, mut guest: Active<Tenant>, to: Option<&Address>, owner: &[u8]) -> (End, Value) {
         let mut last = report::not_begun("handover", "its home has not said where it takes the VM back");
         for _ in 0..RETURNS {
             match self.instance.fate() {
                 Fate::Here => {}
-                // its home ends as after a migration, or an end, of its own
+                // the home VMM ends as after a migration, or an end, of a guest that runs there
                 Fate::Moved(report) => return (self.gone(report, 0), Value::Null),
                 Fate::Ended => {
                     let report = report::not_begun("handover", "the guest has ended by itself");
@@ -357,7 +360,7 @@ impl<'a> Borrower<'a> {
         (self.serve(guest), last)
     }
 
-    /// The guest will not come home.
+    /// Reports to the home VMM that the guest will not return.
     fn gone(&self, report: Value, status: u8) -> End {
         if let Err(why) = self.ask(&Request::Gone { report, status }) {
             log!("the VM's home is not told that it has gone: {why}");
@@ -365,14 +368,14 @@ impl<'a> Borrower<'a> {
         End::Over(status)
     }
 
-    /// Is the guest's home.
+    /// Serves as the guest's home until this process is to end.
     fn serve(&self, _guest: Active<Tenant>) -> End {
         self.instance.stay();
         End::Over(self.instance.wait_exit())
     }
 
-    /// A signal ends the command, but not before the guest is at home; a second one ends it at
-    /// once.
+    /// Makes a signal end the command after the guest has returned home. A second signal ends the
+    /// command immediately.
     fn end_on_signals(&self, signals: &Signals) {
         let (instance, listen) = (self.instance.clone(), self.listen.clone());
         signals.end_by(move |asked| match asked {
@@ -382,7 +385,7 @@ impl<'a> Borrower<'a> {
             }
             Asked::Again => {
                 instance.end_by_signal(asked);
-                // it is there during a trip only
+                // this file exists during a trip only
                 let _ = std::fs::remove_file(&listen);
             }
         });
@@ -392,13 +395,13 @@ impl<'a> Borrower<'a> {
 impl Drop for Borrower<'_> {
     fn drop(&mut self) {
         for path in [&self.control, &self.listen] {
-            // they may be gone
+            // the files may be gone already
             let _ = std::fs::remove_file(path);
         }
     }
 }
 
-/// A report, and what it says is wrong.
+/// Returns a report, with the reason if the work has not completed.
 fn judged(report: Value) -> (Value, Option<String>) {
     let wrong = (report["outcome"] != "completed").then(|| report["reason"].as_str().unwrap_or("no reason").to_owned());
     (report, wrong)

@@ -1,4 +1,5 @@
-//! One minivmm process: its VM, the migration that moves it out or in, and what clients ask of it.
+//! One minivmm process: its VM, the migration that moves the VM out or in, and the requests of
+//! clients.
 
 mod cold_pages;
 mod hand_overs;
@@ -61,28 +62,29 @@ use crate::{
     vmm::{Host, HostOptions, Machine, MachineSource, Snapshot},
 };
 
-/// How long the end of the process waits for clients to be answered.
+/// The longest time that the end of the process waits until clients have their answers.
 const LAST_ANSWERS: Duration = Duration::from_secs(10);
-/// Status and end of a guest are looked at this often while nothing else happens.
+/// The interval at which the status and the end of a guest are checked while nothing else happens.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Returns a push order by its name, if it knows that.
+/// A function that returns the push order of a name, or `None` if it does not know the name.
 pub type PushOrders = fn(&str) -> Option<Box<dyn PushOrder>>;
 
 pub(crate) struct Instance {
-    /// Every request of a client takes it, also `status`, `cancel` and `quit`. So nobody holds it
-    /// while a file system, another process, a peer or a vCPU is waited for.
+    /// Every request of a client takes this lock, including `status`, `cancel` and `quit`. So no
+    /// thread may hold the lock while it waits for a file system, another process, a peer or a
+    /// vCPU.
     state: Mutex<State>,
     changed: Condvar,
-    /// The VM's RAM at a broker.
+    /// The record of the VM's RAM at a broker.
     kept: OwnerRecord<Saved>,
-    /// Successors that are prepared, and the schedule for them.
+    /// The successors that are prepared, and the schedule of refreshes.
     pub(crate) hand_overs: HandOvers<Plan>,
-    /// Of what rests in files and in page stores.
+    /// The seal of files and of pages in page stores.
     sealing: Arc<Sealing>,
-    /// The page stores with which this process was started.
+    /// The page stores that this process was started with.
     page_stores: PageStores,
-    /// Push orders beside those that everybody has.
+    /// The push orders in addition to the built-in ones.
     push_orders: OnceLock<PushOrders>,
 }
 
@@ -93,50 +95,52 @@ struct State {
     role: Role,
     epoch: u32,
     progress: Option<Progress>,
-    /// Of the migration under way.
+    /// The checkpoints of the migration under way.
     checkpoints: CheckpointCounts,
     /// The last report, kept for `status`.
     last: Option<Value>,
     controller: Option<Controller>,
-    /// What it controls.
+    /// The migration or snapshot that `controller` controls.
     under_way: Option<UnderWay>,
-    /// What the channels of the migration under way have in common, if it is encrypted.
+    /// The session that the channels of the migration under way share, if it is encrypted.
     session: Option<SourceSession>,
     receiver: Option<ReceiverHandle>,
     exit: Option<u8>,
     /// Whether the guest has ended here by itself.
     guest_ended: bool,
-    /// Whether there was no thread to wait for that: the main thread looks now and then.
+    /// Whether the thread that waits for the guest's end could not be started. The main thread then
+    /// checks for the end periodically.
     unwatched: bool,
     clients: u32,
-    /// Who waits for the end of the migration under way, or until it is in doubt.
+    /// The clients that wait for the end of the migration under way, or until it is in doubt.
     waiting: Vec<mpsc::Sender<Update>>,
     remove: Vec<OwnSocket>,
     place: Option<Place>,
-    /// Who has borrowed the guest, and how many have so far.
+    /// The process that has borrowed the guest, and the number of times that the guest was lent.
     lent: Option<Lent>,
     lends: u64,
-    /// Of a borrower: the guest's owner wants it back.
+    /// In a borrower: whether the guest's owner wants the guest back.
     asked_back: bool,
-    /// Of a borrower: the control socket of an owner that has a broker.
+    /// In a borrower: the control socket of the owner, if the owner has a broker.
     lender: Option<PathBuf>,
-    /// Of a successor, until it has the VM: its own control socket, and what else its predecessor
-    /// leaves to it.
+    /// In a successor, until it has the VM: its own control socket, the control socket that it will
+    /// take over, and the refresh plan of its predecessor.
     succeeds: Option<(PathBuf, PathBuf, Option<Plan>)>,
 }
 
-/// What a VM that arrives may need, and where to find what its source has put aside.
+/// What an arriving VM may need, and where to find the data that its source has stored for it.
 pub(crate) struct Arrival {
     /// The folder of forward checkpoints, if there is one.
     pub(crate) checkpoints: Option<PathBuf>,
-    /// The most bytes of RAM that the VM may have.
+    /// The most RAM that the VM may have, in bytes.
     pub(crate) max_memory: u64,
     /// Whether its pages may come through page stores.
     pub(crate) through_stores: bool,
 }
 
 impl Arrival {
-    /// A VM whose RAM is mapped on this host already, however large it is.
+    /// The arrival of a VM whose RAM is mapped on this host already. The size of the RAM is not
+    /// limited.
     pub(crate) const SHARED: Self = Self { checkpoints: None, max_memory: u64::MAX, through_stores: false };
 }
 
@@ -145,14 +149,14 @@ enum Role {
     /// The VM is here and stays.
     #[default]
     Home,
-    /// It is here, and a snapshot of it is being taken.
+    /// The VM is here, and a snapshot of it is being taken.
     Saving,
     Incoming,
     Outgoing,
     InDoubt,
     /// Another minivmm has borrowed the guest.
     Lent,
-    /// The guest that is borrowed now and then is at home.
+    /// The guest that is borrowed from time to time is at its home.
     Standby,
     /// The VM has moved away for good.
     Moved,
@@ -160,7 +164,7 @@ enum Role {
 }
 
 impl Instance {
-    /// `broker` is the path of a RAM broker's socket.
+    /// Returns an instance without a VM. `broker` is the path of a RAM broker's socket.
     pub(crate) fn new(broker: Option<PathBuf>, sealing: Sealing, page_stores: PageStores) -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::default(),
@@ -173,28 +177,28 @@ impl Instance {
         })
     }
 
-    /// Lets clients choose these push orders, too.
+    /// Lets clients choose the push orders of `more`, too.
     pub(crate) fn knows_push_orders(&self, more: PushOrders) {
-        // they are the same for every instance of a program
+        // all instances of a program have the same ones, so a second call may be ignored
         let _ = self.push_orders.set(more);
     }
 
-    /// Where the key is that seals what rests in files.
+    /// Returns the path of the key file that seals files.
     pub(crate) fn seal_key(&self) -> Option<PathBuf> {
         self.sealing.file().map(Path::to_owned)
     }
 
-    /// The page stores with which this process was started.
+    /// Returns the page stores that this process was started with.
     pub(crate) fn page_stores(&self) -> &PageStores {
         &self.page_stores
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // no invariant spans a panic: every field is replaced whole
+        // no invariant spans a panic: every field is replaced as a whole
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// The VM is here.
+    /// Records that the VM is here, and starts a thread that waits for the guest's end.
     pub(crate) fn own(self: &Arc<Self>, machine: Arc<Machine>) {
         let mut state = self.lock();
         state.machine = Some(machine.clone());
@@ -202,7 +206,7 @@ impl Instance {
         drop(state);
         self.changed.notify_all();
         let instance = self.clone();
-        // tells when the guest ends by itself; the machine ends this wait when it moves away
+        // returns when the guest ends by itself, or when the VM moves away, which ends this wait
         let end = machine.wait_end();
         drop(machine);
         let watch = move || {
@@ -216,7 +220,7 @@ impl Instance {
         }
     }
 
-    /// The guest has ended by itself, and with it this process does.
+    /// Handles the guest's end by itself, which also ends this process.
     fn has_ended(&self, why: &str) {
         log!("the VM has ended: {why}");
         self.report_ended(why);
@@ -224,8 +228,8 @@ impl Instance {
         self.exit(5);
     }
 
-    /// Tells both ends of a migration under way, and the source of a VM that lacks pages, that the
-    /// guest has ended.
+    /// Reports to both ends of a migration under way, and to the source of a VM with missing pages,
+    /// that the guest has ended.
     fn report_ended(&self, why: &str) {
         let mut state = self.lock();
         (state.role, state.guest_ended) = (Role::Ended, true);
@@ -240,7 +244,8 @@ impl Instance {
         self.changed.notify_all();
     }
 
-    /// As [`own`](Self::own), for a VM that runs already: nothing of it waits for a broker.
+    /// Records as [`own`](Self::own) does that the VM is here. The VM runs already, so a separate
+    /// thread informs the broker, and the VM does not wait for it.
     fn own_arrived(self: &Arc<Self>, machine: Arc<Machine>) {
         self.own(machine);
         if self.broker().is_none() && self.lock().succeeds.is_none() {
@@ -257,19 +262,20 @@ impl Instance {
         }
     }
 
-    /// Waits so long, unless the process ends: whether it goes on.
+    /// Waits for `time`, or until the process is to end. Returns whether the process continues.
     pub(crate) fn goes_on(&self, time: Duration) -> bool {
         self.wait_while(time, |state| state.exit.is_none()).exit.is_none()
     }
 
-    /// The epoch under which the VM is owned here.
+    /// Returns the epoch under which this process owns the VM.
     fn last_epoch(&self) -> u32 {
         let (receiver, epoch) = {
             let state = self.lock();
             (state.receiver.clone(), state.epoch)
         };
-        // The thread that received the VM may still wait for its source's last word. Not under the
-        // lock: the receiver takes that when a VM arrives.
+        // The thread that received the VM may still wait for its source's last message, so the
+        // receiver is asked. The lock is not held, because the receiver takes the lock when a VM
+        // arrives.
         receiver.map_or(epoch, |receiver| receiver.epoch())
     }
 
@@ -278,7 +284,8 @@ impl Instance {
         waited.unwrap_or_else(|e| e.into_inner()).0
     }
 
-    /// Restores the VM of a snapshot, which is here when this returns. A broker knows more of it.
+    /// Restores the VM of a snapshot. The VM is here when this returns. `restart` holds what a
+    /// broker that restarts the VM knows about it.
     pub(crate) fn restore(
         self: &Arc<Self>,
         path: &Path,
@@ -296,7 +303,7 @@ impl Instance {
         let failed = |why: String| format!("restoring {}: {why}", path.display());
         let store = sealing.open(None, pages, |pages| SnapshotFile::open(path, pages));
         let mut store = store.map_err(|e| failed(describe(e)))?;
-        // it is what the VM goes on from as long as there is no other
+        // the VM can be restarted from this snapshot until there is a newer one
         self.has_snapshot(Saved { file: absolute(path)?, key: sealing.file().map(Path::to_owned) });
         let restored = engine::restore(&mut *store, &Host::new(host), &options).map_err(|e| failed(describe(e)))?;
         self.own_arrived(restored.vm.0);
@@ -304,8 +311,8 @@ impl Instance {
         Ok(())
     }
 
-    /// Receives a VM at `listen`, on a thread of its own; returns the address it listens at, and,
-    /// where that is a name, what it stands for.
+    /// Receives a VM at `listen`, on a separate thread. Returns the address at which it listens
+    /// and, if that is a host name, the addresses that the name resolves to.
     pub(crate) fn receive(
         self: &Arc<Self>,
         listen: &Address,
@@ -318,7 +325,7 @@ impl Instance {
         let (address, mut bound) = (listener.address(), listener.bound());
         bound.retain(|bound| *bound != address);
         if let Address::Unix(path) = listen {
-            // the thread that listens does not end with the process
+            // the listener is not dropped when the process ends
             self.remove_at_exit(path.clone());
         }
         if let Some(security) = security {
@@ -346,7 +353,7 @@ impl Instance {
         Ok(Listening { address, bound })
     }
 
-    /// The page stores are left out.
+    /// Returns the options of a receiver without page stores.
     fn receiver_options(self: &Arc<Self>, arrival: Arrival) -> ReceiverOptions {
         let Arrival { checkpoints, max_memory, through_stores: _ } = arrival;
         ReceiverOptions {
@@ -368,7 +375,8 @@ impl Instance {
         }
     }
 
-    /// Blocks until the process shall end, and gives clients time to be answered.
+    /// Waits until the process is to end, and gives clients time to get their answers. Returns the
+    /// exit status.
     pub(crate) fn wait_exit(&self) -> u8 {
         let mut state = self.lock();
         let status = loop {
@@ -395,7 +403,7 @@ impl Instance {
         let at_home = state.machine.clone().filter(|_| at_home);
         let receiver = state.receiver.clone();
         drop(state);
-        // the VM ends here, and with it the need for its pages that are in stores
+        // the VM ends here, so its pages in page stores are no longer needed
         for error in receiver.iter().flat_map(ReceiverHandle::forget_stored) {
             log!("pages of the VM stay in a page store: {}", Chain(&error));
         }
@@ -407,31 +415,32 @@ impl Instance {
             machine.let_go();
         }
         if status == 0 {
-            // any other VM's stays, for somebody to look at
+            // the broker keeps the RAM of any other VM, so that a person can examine it
             self.forget_ram();
         }
         status
     }
 
-    /// Ends the process with this status, unless it ends already.
+    /// Ends the process with the exit status `status`, unless it is ending already.
     pub(crate) fn exit(&self, status: u8) {
         self.lock().exit.get_or_insert(status);
         self.changed.notify_all();
     }
 
-    /// This path is left to somebody else.
+    /// Does not remove `path` when the process ends, because another process uses the path.
     pub(crate) fn keep_at_exit(&self, path: &Path) {
         self.lock().remove.retain(|socket| socket.path != path);
     }
 
-    /// This socket goes when the process ends, unless another one has its path by then.
+    /// Removes the socket at `path` when the process ends, unless another socket has the path by
+    /// then.
     pub(crate) fn remove_at_exit(&self, path: PathBuf) {
         let socket = OwnSocket::at(path);
         self.lock().remove.push(socket);
     }
 
-    /// A signal ends the process. Clients that wait for a migration are told that it will not end
-    /// here.
+    /// Ends the process because of a signal. Clients that wait for a migration get the answer that
+    /// the migration does not end here.
     pub(crate) fn end_by_signal(&self, asked: Asked) {
         let mut state = self.lock();
         let Asked::ToEnd(status) = asked else {
@@ -445,12 +454,12 @@ impl Instance {
         self.changed.notify_all();
     }
 
-    /// A VM that runs here already is about to be known here, too.
+    /// Waits until a VM that already runs here is recorded in the state.
     fn wait_arrival(&self) {
         let deadline = Instant::now() + LAST_ANSWERS;
         loop {
             let receiver = self.lock().receiver.clone().filter(|_| Instant::now() < deadline);
-            // not under the lock: the receiver takes that when a VM arrives
+            // The lock is not held, because the receiver takes it when a VM arrives.
             if receiver.is_none_or(|receiver| receiver.phase() != DestinationPhase::Running) {
                 return;
             }
@@ -461,7 +470,7 @@ impl Instance {
         }
     }
 
-    /// The VM, if it is here and neither a migration nor a snapshot is under way.
+    /// Returns the VM if it is here and neither a migration nor a snapshot is under way.
     fn home(&self, what: &str) -> Result<Arc<Machine>, String> {
         let machine = self.not_gone(what)?;
         let state = self.lock();
@@ -484,7 +493,7 @@ impl Instance {
         let gathering = receiver.as_ref().filter(|_| role == Role::Home);
         let lent = state.lent.as_ref().filter(|_| role == Role::Lent).map(Lent::to_json);
         drop(state);
-        // not under the lock: the receiver takes that when a VM arrives
+        // The lock is not held, because the receiver takes it when a VM arrives.
         let gathering = gathering.and_then(|receiver| receiver.gathering());
         let gathering = gathering.as_ref().map(report::gathering_to_json);
         let (kept_by, restart_from) = self.kept_by();
@@ -545,7 +554,7 @@ impl Instance {
         status
     }
 
-    /// Where this minivmm is found, and which process it is.
+    /// Returns the place at which clients find this minivmm, with the identity of this process.
     fn place(&self) -> Result<Value, String> {
         let place = self.lock().place.clone().ok_or("place: there is no control socket")?;
         if place.serial == "stdio" {
@@ -560,7 +569,7 @@ impl Instance {
         }))
     }
 
-    /// Whether the VM is on its way elsewhere for good, or has just gone there.
+    /// Returns whether the VM is leaving for good, or has just left.
     fn is_leaving(&self) -> bool {
         let state = self.lock();
         state.lent.is_none() && matches!(state.role, Role::Outgoing | Role::InDoubt | Role::Moved)
@@ -588,14 +597,14 @@ impl Instance {
     fn adopt(&self) -> Result<Value, String> {
         let receiver = self.lock().receiver.clone().ok_or("adopt: no VM is being received here")?;
         match receiver.phase() {
-            // pages of it are in page stores: the source is not needed for them
+            // its missing pages are in page stores, so the source is not needed for them
             DestinationPhase::Running => receiver.release_source().map_err(|why| format!("adopt: {why}"))?,
             _ => receiver.force_take_over().map_err(|e| format!("adopt: {}", e.why))?,
         }
         Ok(json!({"state": self.status()["state"], "epoch": receiver.epoch()}))
     }
 
-    /// Writes a part of guest memory to a file of mode 0600, which is there when it is complete.
+    /// Writes a part of guest memory to a file of mode 0600. The file appears when it is complete.
     fn memory(&self, gpa: u64, len: u64, out: &Path) -> Result<Value, String> {
         let machine = self.lock().machine.clone().ok_or("memory: no VM is here")?;
         machine.check_ram(gpa, len).map_err(|e| format!("memory: {e}"))?;
@@ -656,11 +665,11 @@ impl Serve for Instance {
     }
 }
 
-/// Where a destination listens.
+/// The address at which a destination listens.
 pub(crate) struct Listening {
-    /// As a source names it.
+    /// The address as a source names it.
     pub(crate) address: String,
-    /// What a host's name in it stands for.
+    /// The addresses that a host name in `address` resolves to.
     pub(crate) bound: Vec<String>,
 }
 
@@ -683,13 +692,13 @@ impl Role {
     }
 }
 
-/// Passes events on.
+/// Handles the events of a migration or a snapshot.
 struct Told(Arc<Instance>);
 
 /// A socket file of this process.
 struct OwnSocket {
     path: PathBuf,
-    /// Device and inode.
+    /// The device and inode of the file.
     file: Option<(u64, u64)>,
 }
 
@@ -704,19 +713,19 @@ impl OwnSocket {
 
     fn remove(self) {
         if self.file.is_some() && self.file == Self::identity(&self.path) {
-            // it may be gone already
+            // the file may be gone already
             let _ = std::fs::remove_file(self.path);
         }
     }
 }
 
 impl State {
-    /// The role of a minivmm that has the VM, which may have ended meanwhile.
+    /// Returns the role of a minivmm that has the VM. The guest may have ended meanwhile.
     fn at_home(&self) -> Role {
         if self.guest_ended { Role::Ended } else { Role::Home }
     }
 
-    /// Whether the guest has ended, and the other end of a migration may not have heard it yet.
+    /// Returns whether the guest has ended and the other end of a migration may not know that yet.
     fn last_words_are_due(&self) -> bool {
         self.guest_ended && (self.controller.is_some() || self.receiver.is_some())
     }
@@ -730,7 +739,7 @@ impl Observer for Told {
                 state.progress = Some(p.clone());
                 let mut shown = report::progress_to_json(p, &state.checkpoints);
                 shown["bandwidth_bits"] = state.bandwidth();
-                // who has gone is found out here
+                // clients that have gone are detected and removed here
                 state.waiting.retain(|client| client.send(Update::Progress(shown.clone())).is_ok());
             }
             Event::InDoubt(report) => {
@@ -744,11 +753,12 @@ impl Observer for Told {
             Event::Source(phase) => {
                 let mut state = self.0.lock();
                 if *phase == SourcePhase::Serving && state.role == Role::InDoubt {
-                    // the destination was found again
+                    // the destination has been found again
                     state.role = Role::Outgoing;
                 }
                 drop(state);
-                // who asks for post-copy waits for what the destination can
+                // a client that has requested post-copy waits until the destination's abilities are
+                // known
                 self.0.changed.notify_all();
             }
             Event::BadPeer { peer, why } => log!("{peer}: {why}"),

@@ -2,9 +2,9 @@
 //! migration crates.
 //!
 //! # As a library
-//! A researcher runs a strategy, a push order or a convergence policy of their own on real KVM,
-//! between two threads or two processes. This one sends everything twice while the guest runs, then
-//! stops it:
+//! A researcher can run their own strategy, push order or convergence policy on real KVM, between
+//! two threads or two processes. The following strategy sends pages in two rounds while the guest
+//! runs, then stops the guest:
 //!
 //! ```no_run
 //! use migration_core::{MigrationError, strategy::{Done, Running, Strategy}};
@@ -48,9 +48,9 @@
 //! | [`command`] | the commands of the program `minivmm`, for programs that add to them |
 //!
 //! The programs in `examples/techniques` show each technique. The glue between a VMM and the crates
-//! is `vmm/glue.rs`; everything else is what any VMM has.
+//! is `vmm/glue.rs`. All other code is what any VMM has.
 #![deny(unsafe_code)]
-// a process that has a VM must not wait for its log, nor end with it
+// a process that has a VM must neither wait for its log nor end because of it
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
 #[macro_use]

@@ -1,5 +1,5 @@
-//! The program `minivmm`: the commands of the library, and, unless they are left out, the
-//! measurements.
+//! The program `minivmm`: the commands of the library, and the measurements, unless they are not
+//! built in.
 #![forbid(unsafe_code)]
 
 use std::process::ExitCode;

@@ -1,4 +1,4 @@
-//! The page stores of a minivmm, by the names under which both ends of a migration know them.
+//! The page stores of a minivmm. Both ends of a migration know a store by the same name.
 
 use std::{num::NonZeroU64, sync::Arc, time::Duration};
 
@@ -13,16 +13,16 @@ use thiserror::Error;
 
 use crate::sealing::Sealing;
 
-/// For how long stores keep what a source puts there. The destination renews it.
+/// The time for which stores keep the data of a source. The destination renews this lease.
 const LEASE: Duration = Duration::from_secs(3600);
 
-/// The owner that stores record where the host's name is none that they take.
+/// The owner that stores record if the host's name is not valid in an owner.
 const SOME_MINIVMM: Owner = match Owner::new("a minivmm") {
     Ok(owner) => owner,
     Err(_) => panic!("the text is printable"),
 };
 
-/// The reason why page stores cannot be used as a user wants.
+/// The reason why page stores cannot be used as the user requests.
 #[derive(Debug, Error)]
 pub(crate) enum StoresError {
     #[error("page store {0} is named twice, with two URLs")]
@@ -40,22 +40,22 @@ pub(crate) enum StoresError {
     InMemory(String),
     #[error("{replicas} copies of each page go into as many page stores, and there are {stores}")]
     TooFew {
-        /// The copies that are wanted.
+        /// The number of copies that the user requests.
         replicas: usize,
-        /// The stores.
+        /// The number of stores.
         stores: usize,
     },
     #[error("page store {name}")]
     Open {
-        /// The store.
+        /// The name of the store.
         name: String,
-        /// What it says.
+        /// The error of the store.
         #[source]
         cause: StoreError,
     },
 }
 
-/// The stores with which a minivmm was started.
+/// The page stores that a minivmm was started with.
 #[derive(Default)]
 pub(crate) struct PageStores(Vec<StoreSpec>);
 
@@ -64,13 +64,14 @@ fn name(spec: &StoreSpec) -> &str {
     &spec.store().name
 }
 
-/// Returns whether other processes can have the store, too.
+/// Returns whether other processes can use the store, too.
 fn is_shared(spec: &StoreSpec) -> bool {
     spec.store().url != StoreUrl::Memory
 }
 
-/// Opens a store that both ends of a migration can reach, sealed if this minivmm seals. It is opened
-/// for each use: the keys of its namespaces are erased with it.
+/// Opens a store that both ends of a migration can reach. The store is sealed if this minivmm has a
+/// seal key. It is opened separately for each use, because the keys of its namespaces are erased
+/// when it is dropped.
 fn open(spec: &StoreSpec, sealing: &Sealing) -> Result<Arc<dyn PageStore>, StoresError> {
     if !is_shared(spec) {
         return Err(StoresError::InMemory(name(spec).to_owned()));
@@ -78,14 +79,14 @@ fn open(spec: &StoreSpec, sealing: &Sealing) -> Result<Arc<dyn PageStore>, Store
     open_any(spec, sealing)
 }
 
-/// Opens a store, which may be in the memory of this process.
+/// Opens a store. Accepts a store in the memory of this process.
 fn open_any(spec: &StoreSpec, sealing: &Sealing) -> Result<Arc<dyn PageStore>, StoresError> {
     let name = name(spec).to_owned();
     let opened = spec.store().open().map_err(|cause| StoresError::Open { name, cause });
     opened.map(|store| sealing.page_store(store))
 }
 
-/// The stores of one migration.
+/// The page stores of one migration.
 pub(crate) struct Through {
     pub(crate) names: Vec<String>,
     pub(crate) stores: SourceStores,
@@ -107,23 +108,23 @@ impl PageStores {
         Ok(())
     }
 
-    /// Returns the stores as another minivmm is told of them.
+    /// Returns the stores as arguments for the command line of another minivmm.
     pub(crate) fn arguments(&self) -> impl Iterator<Item = &str> {
         self.0.iter().map(StoreSpec::text)
     }
 
-    /// Opens the stores from which pages of a VM that arrives may be fetched.
+    /// Opens the stores from which a destination may fetch pages of an arriving VM.
     pub(crate) fn for_destination(&self, sealing: &Sealing) -> Result<Vec<Arc<dyn PageStore>>, StoresError> {
         self.0.iter().map(|spec| open(spec, sealing)).collect()
     }
 
-    /// Opens the store for cold pages of a VM that is at home here. It may be in memory.
+    /// Opens the store for cold pages of a VM that is at home here. The store may be in memory.
     pub(crate) fn for_cold_pages(&self, wanted: &str, sealing: &Sealing) -> Result<Arc<dyn PageStore>, StoresError> {
         let spec = self.find(wanted)?;
         open_any(spec, sealing)
     }
 
-    /// Opens the stores through which the pages of one migration go.
+    /// Opens the stores through which one migration sends pages.
     pub(crate) fn for_migration(
         &self,
         wanted: &PageStoreOptions,
@@ -133,7 +134,8 @@ impl PageStores {
         let mut known = Self(self.0.clone());
         wanted.stores.iter().try_for_each(|spec| known.add(spec))?;
         let chosen: Vec<&StoreSpec> = match &wanted.through[..] {
-            // a store in memory may be there for other purposes
+            // stores in memory may serve other purposes, so they are left out if there are shared
+            // ones
             [] if known.0.iter().any(is_shared) => known.0.iter().filter(|spec| is_shared(spec)).collect(),
             [] => known.0.iter().collect(),
             names => names.iter().map(|name| known.find(name)).collect::<Result<_, _>>()?,
@@ -163,7 +165,7 @@ impl PageStores {
     }
 }
 
-/// Returns who answers for what this process puts into stores.
+/// Returns the owner that stores record for the data of this process.
 pub(crate) fn owner() -> Owner {
     let host = nix::unistd::gethostname().unwrap_or_default();
     let host: String = host.to_string_lossy().chars().take(Owner::MAX_BYTES / 2).collect();

@@ -1,5 +1,5 @@
-//! HyperFresh in minivmm: what its successor is started with, and how its VM is handed over. The
-//! rest is [`migration_kvm::handover`].
+//! HyperFresh in minivmm: the command line of a successor, and the hand-over of the VM to it. The
+//! other steps are in [`migration_kvm::handover`].
 
 use std::{
     path::{Path, PathBuf},
@@ -25,7 +25,8 @@ use serde_json::{Value, json};
 
 use crate::instance::Instance;
 
-/// Where a minivmm is found, and what its successor needs to be found there.
+/// The place at which clients find a minivmm, with the settings that its successor needs to take
+/// that place.
 #[derive(Clone, Debug)]
 pub(crate) struct Place {
     pub(crate) control: PathBuf,
@@ -59,7 +60,8 @@ impl Predecessor for Instance {
     }
 
     fn hand_over(self: &Arc<Self>, successor: &Successor) -> Result<Attempt<Value>, VmError> {
-        // without encryption: the files themselves pass between two processes of this machine
+        // The hand-over is not encrypted: the open files themselves pass between two processes of
+        // this machine.
         let to = Address::Unix(successor.endpoints().listen.clone());
         let request = MigrateRequest::plain(to, StrategyKind::HandOver, 1);
         let report = self.migrate_to(Some(successor.identity().encode()), &request, &mut |_| {});
@@ -95,8 +97,8 @@ impl Predecessor for Instance {
 
 impl Instance {
     fn successor_command(&self, place: &Place, new: &NewSuccessor<'_, Plan>) -> Result<Command, String> {
-        // the name that it was started by may lead elsewhere by now: that is an upgrade, which
-        // `--exec` is for
+        // The name by which this process was started may refer to another file by now. To start
+        // that file would be an upgrade, which is the purpose of `--exec`.
         let exec = new.plan.exec.as_deref().unwrap_or(Path::new("/proc/self/exe"));
         let mut command = Command::new(exec);
         command.arg("receive").arg("--listen").arg(format!("unix:{}", new.endpoints.listen.display()));
@@ -113,7 +115,7 @@ impl Instance {
             command.arg("--store").arg(store);
         }
         if let (_, Some(snapshot)) = self.kept_by() {
-            // the broker may have forgotten about this process before it hears of the successor
+            // the broker may have forgotten this process before the successor reports to it
             command.arg("--restart-from").arg(snapshot.argument().map_err(|e| e.to_string())?);
         }
         if let Some(schedule) = new.schedule {
@@ -123,7 +125,7 @@ impl Instance {
     }
 }
 
-/// The error as clients see it: what the VMM itself refuses says already what was asked for.
+/// Returns the text of an error for clients. An error of the VMM itself already names the request.
 fn told(error: &ReplaceError) -> String {
     match error {
         ReplaceError::Vmm(why) => describe(why),
@@ -131,8 +133,8 @@ fn told(error: &ReplaceError) -> String {
     }
 }
 
-/// Hands the VM to a successor. Returns when that has taken over (this process then ends), or with
-/// the VM still here.
+/// Hands the VM to a successor. Returns when the successor has taken over, after which this process
+/// ends, or when the VM is still here.
 fn refresh(instance: &Arc<Instance>, plan: &Plan) -> Result<Value, String> {
     match handover::replace(instance, plan).map_err(|e| told(&e))? {
         Replacement::Done { pid, mut report } => {
@@ -149,8 +151,8 @@ fn refresh(instance: &Arc<Instance>, plan: &Plan) -> Result<Value, String> {
     }
 }
 
-/// Refreshes when the plan's trigger says so, and no longer when an earlier one's did; a successor
-/// goes on with that. Without a trigger, now.
+/// Refreshes when the plan's trigger fires. The plan replaces an earlier one, and a successor
+/// continues it. Without a trigger, refreshes now.
 pub(crate) fn schedule(instance: &Arc<Instance>, plan: Plan) -> Result<Value, String> {
     let Some(trigger) = plan.trigger.clone() else { return refresh(instance, &plan) };
     let policy = move || -> Box<dyn RefreshPolicy> {

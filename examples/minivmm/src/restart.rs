@@ -1,5 +1,6 @@
-//! How the broker restarts a VM whose minivmm has died: the record that its owner leaves, and the
-//! command that goes on from its last snapshot. [`migration_transport::supervisor`] says when.
+//! Restarts VMs for the broker when their minivmm has died. The owner of a VM leaves a restart
+//! record with the broker, and the new process restores the VM from its last snapshot.
+//! [`migration_transport::supervisor`] decides when a VM is restarted.
 
 use std::{
     fmt, io,
@@ -18,22 +19,24 @@ use serde_json::json;
 
 use crate::{refresh::Place, sealing::Restart};
 
-/// What the owner of a VM leaves with the broker, as JSON that other builds read as well.
+/// The restart record that the owner of a VM leaves with the broker. Its encoding is JSON, which
+/// other builds of minivmm read as well.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 pub(crate) struct StoredRecord {
-    /// The last whole one.
+    /// The last complete snapshot of the VM.
     pub(crate) snapshot: Option<Saved>,
-    /// The key by which its VMM seals.
+    /// The key file with which the VM's owner seals files.
     #[serde(default)]
     seal_key: Option<PathBuf>,
-    /// Where the VM is to be found again.
+    /// The control socket at which clients expect the VM.
     control: Option<PathBuf>,
     serial: String,
-    /// Every process that may run it, by its encoded identity.
+    /// The encoded identities of all processes that may run the VM.
     holders: Vec<Vec<u8>>,
-    /// Where it may run as well, or instead, though nobody can tell from here.
+    /// Another place where the VM may run, in addition or instead. The broker cannot determine
+    /// whether it runs there.
     elsewhere: Option<String>,
-    /// The guest has come to its end, by itself.
+    /// Whether the guest has ended by itself.
     ended: bool,
 }
 
@@ -45,7 +48,8 @@ impl StoredRecord {
     }
 
     pub(crate) fn encode(&self) -> Vec<u8> {
-        // a path that is no text is left out of what can be restarted
+        // A path that is not Unicode cannot be encoded. The record is then empty, and a VM with an
+        // empty record is not restarted.
         serde_json::to_vec(self).unwrap_or_default()
     }
 
@@ -54,7 +58,7 @@ impl StoredRecord {
     }
 }
 
-/// A snapshot, and what the minivmm that goes on from it is told.
+/// A snapshot, with the settings of the minivmm that restores it.
 pub(crate) struct Restorable {
     snapshot: Saved,
     seal_key: Option<PathBuf>,
@@ -76,14 +80,15 @@ impl From<StoredRecord> for RestartRecord<Restorable> {
     }
 }
 
-/// Restarts the VMs of one broker, and says so on stdout.
+/// Restarts the VMs of one broker, and reports each restarted or lost VM on stdout.
 pub(crate) struct Restarter {
     broker: PathBuf,
     json: bool,
 }
 
 impl Restarter {
-    /// For the broker at this socket; says what it does as JSON, a line for each VM, or in words.
+    /// Returns a restarter for the broker at the socket `broker`. It reports one JSON object for
+    /// each VM if `json` is set, and text otherwise.
     pub(crate) fn new(broker: &Path, json: bool) -> Self {
         Self { broker: broker.to_owned(), json }
     }
@@ -99,12 +104,14 @@ impl RestartVmm for Restarter {
     fn start(&self, vm: VmId, saved: &Restorable) -> io::Result<Child> {
         use std::os::unix::process::CommandExt as _;
         let mut command = Command::new("/proc/self/exe");
-        // what is typed at the broker's terminal is not for it, and neither is its serial port
+        // The new process is not in the process group of the broker's terminal, so signals from the
+        // keyboard do not reach it. Its serial port does not use the broker's stdout either.
         command.process_group(0);
         let serial = if saved.serial == "stdio" { "null" } else { &saved.serial };
         command.arg("run").arg("--restore").arg(&saved.snapshot.file).arg("--serial").arg(serial);
         command.arg("--broker").arg(format!("unix:{}", self.broker.display()));
-        // whoever keeps the file may put another VM's in its place
+        // the owner of the file may have replaced it by the snapshot of another VM, so the VM's ID
+        // is passed
         let restart = Restart { vm: vm.0, key: saved.snapshot.key.clone() };
         command.arg("--restart").arg(serde_json::to_string(&restart)?);
         if let Some(key) = &saved.seal_key {

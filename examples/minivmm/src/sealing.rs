@@ -1,4 +1,5 @@
-//! What of a VM rests in files: sealed, if this minivmm has a key for that (`--seal-key-file`).
+//! Seals the files of a VM and its pages in page stores, if this minivmm has a key
+//! (`--seal-key-file`).
 
 use std::{
     io::{self, ErrorKind},
@@ -15,24 +16,24 @@ use migration_crypto::{Psk, Sealed, SealedVersions, Suite, aead};
 use minivmm_client::values::absolute;
 use serde::{Deserialize, Serialize};
 
-/// What a broker knows of a VM that it restarts from a snapshot.
+/// The data that a broker passes to a minivmm that restarts a VM from a snapshot.
 #[derive(Debug, Deserialize, Serialize)]
 pub(crate) struct Restart {
     pub(crate) vm: [u8; 16],
-    /// Of the snapshot; the VM's own may be another one.
+    /// The key file of the snapshot. The VM itself may be sealed with another key.
     pub(crate) key: Option<PathBuf>,
 }
 
-/// The key, and the file that it is in.
+/// The seal key, with the path of its file. `None` if this minivmm seals nothing.
 #[derive(Default)]
 pub(crate) struct Sealing(Option<(PathBuf, Psk)>);
 
 impl Sealing {
-    /// Seals nothing if no file is named.
+    /// Loads the key from `file`. Nothing is sealed if `file` is `None`.
     pub(crate) fn load(file: Option<&Path>) -> Result<Self, String> {
         let load = |file: &Path| {
             let path = absolute(file)?;
-            // other processes are told of it in JSON
+            // other processes get the path in JSON, which must be Unicode
             path.to_str().ok_or_else(|| format!("{}: the path of a key must be Unicode", path.display()))?;
             Ok((path, Psk::load(file).map_err(describe)?))
         };
@@ -43,7 +44,8 @@ impl Sealing {
         self.0.as_ref().map(|(file, _)| file.as_path())
     }
 
-    /// Returns the page store as it is used: sealed, if there is a key.
+    /// Returns the page store to use: `store` itself, or `store` behind encryption if there is a
+    /// key.
     pub(crate) fn page_store(&self, store: Arc<dyn PageStore>) -> Arc<dyn PageStore> {
         match &self.0 {
             None => store,
@@ -51,8 +53,8 @@ impl Sealing {
         }
     }
 
-    /// Makes a store for a VM of so many pages. `make` is told how many the store has to have room
-    /// for.
+    /// Creates a store for a VM of `pages` pages. `make` gets the number of pages for which the
+    /// underlying store must have room.
     pub(crate) fn create<S: VersionStore + 'static>(
         &self,
         vm: VmId,
@@ -64,8 +66,9 @@ impl Sealing {
         Ok(Box::new(SealedVersions::create(store, pages, key, vm, Suite::Aes256Gcm, aead::best())?))
     }
 
-    /// Opens what rests of a VM that has so many pages at the most, and is that one if it is known.
-    /// `open` is told how many the store may have.
+    /// Opens the store of a saved VM that has at most `pages` pages. If the store is sealed and
+    /// `vm` is given, it must be the store of that VM. `open` gets the most pages that the
+    /// underlying store may have.
     pub(crate) fn open<S: VersionStore + 'static>(
         &self,
         vm: Option<VmId>,
@@ -76,7 +79,8 @@ impl Sealing {
             let store = Box::new(open(SealedVersions::store_pages(pages))?);
             return Ok(Box::new(SealedVersions::open(store, pages, vm, key, aead::best())?));
         }
-        // a sealed one has more pages, which is not what is wrong with it
+        // A sealed store has more pages than its VM. They are allowed here, so that the error is
+        // not about the size but about the seal.
         let store = open(SealedVersions::store_pages(pages))?;
         if store.latest().is_some_and(|(_, state)| SealedVersions::is_sealed(&state)) {
             return Err(io::Error::new(ErrorKind::PermissionDenied, "it is sealed: name its key by --seal-key-file"));

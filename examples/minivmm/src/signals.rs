@@ -1,4 +1,4 @@
-//! Signals that would end a process that has a VM: see `docs/signals.md`.
+//! Handles the signals that would end a process that has a VM: see `docs/signals.md`.
 
 use std::{
     fs, process,
@@ -10,39 +10,40 @@ use minivmm_client::log;
 use nix::sys::signal::{SigSet, Signal};
 use vmm_sys_util::signal::register_signal_handler;
 
-/// What is done at a signal that is to end the process.
+/// The action at a signal that is to end the process.
 type End = Box<dyn Fn(Asked) + Send + Sync>;
 
-/// How a signal asks a process to end.
+/// The way in which a signal asks a process to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Asked {
-    /// In order, with this status.
+    /// In order, with this exit status.
     ToEnd(u8),
-    /// At once: the process is gone when this was handled.
+    /// Immediately: the process exits as soon as this was handled.
     Again,
 }
 
 extern "C" fn nothing(_signal: libc::c_int, _info: *mut libc::siginfo_t, _context: *mut libc::c_void) {}
 
-/// A file that has reached its limit is an error of the write, for any command. (That a pipe has
-/// lost its reader is one already: the runtime ignores SIGPIPE.)
+/// Makes a write to a file that has reached its size limit fail with an error, in any command. (A
+/// write to a pipe without a reader fails already, because the runtime ignores SIGPIPE.)
 pub(crate) fn survive_file_limits() {
-    // it can be handled, so this does not fail; if it did, all would be as it is by default
+    // This signal can be handled, so the call does not fail. If it did, the default action would
+    // remain.
     let _ = register_signal_handler(Signal::SIGXFSZ as libc::c_int, nothing);
 }
 
-/// SIGTERM, SIGINT and SIGHUP, once this process waits for them.
+/// SIGTERM, SIGINT and SIGHUP, for which a thread of this process waits.
 #[derive(Clone, Default)]
 pub(crate) struct Signals {
-    /// How to end with a VM, as soon as there can be one.
+    /// The action of a process with a VM, set as soon as the process may have one.
     orderly: Arc<OnceLock<End>>,
 }
 
 impl Signals {
-    /// Waits for them from now on, on a thread of their own. To be called before there is any other
-    /// thread: those inherit that these signals are not theirs.
+    /// Starts a thread that waits for these signals from now on. Must be called before there is any
+    /// other thread, because other threads inherit that these signals are blocked.
     ///
-    /// A signal that was ignored when the process began stays so, as `nohup` wants it.
+    /// A signal that was ignored when the process began stays ignored, as `nohup` requires.
     pub(crate) fn wait() -> Result<Self, String> {
         let mut signals = SigSet::empty();
         let ignored = ignored();
@@ -73,16 +74,16 @@ impl Signals {
         Ok(this)
     }
 
-    /// From now on the first signal does this, and a second one ends the process at once. Until
-    /// then already the first one does.
+    /// Sets the action `end`. From now on the first signal runs `end`, and a second one ends the
+    /// process immediately. Before this call, the first signal ends the process immediately.
     pub(crate) fn end_by(&self, end: impl Fn(Asked) + Send + Sync + 'static) {
-        // it is said once
+        // this is called once, so the cell is empty
         let _ = self.orderly.set(Box::new(end));
     }
 }
 
-/// The signals that are ignored, a bit for each, from the lowest one for signal 1. None where that
-/// cannot be known.
+/// Returns the set of ignored signals. The lowest bit stands for signal 1. Returns 0 if the set
+/// cannot be determined.
 fn ignored() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

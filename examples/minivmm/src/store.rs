@@ -1,4 +1,5 @@
-//! `minivmm store`: what owners that have crashed, or lost their store, have left in it.
+//! `minivmm store`: handles namespaces in a page store whose owners have crashed or could not reach
+//! the store.
 
 use clap::Args;
 use migration_core::{
@@ -13,7 +14,7 @@ use serde_json::{Value, json};
 /// their owners have crashed, or could not reach the store.
 #[derive(Debug, Args)]
 pub struct Store {
-    /// Show whose they are. URL is memory:, file:DIR, redis://HOST:PORT/DB, rediss://…,
+    /// List them with their owners. URL is memory:, file:DIR, redis://HOST:PORT/DB, rediss://…,
     /// redis+unix:PATH or redis-cluster://HOST:PORT,…
     #[arg(
         long,
@@ -57,8 +58,9 @@ struct Expired {
     removed: bool,
 }
 
-/// Lists them, and removes each if that is wanted. What the store refuses to remove stays, and is
-/// shown as that; an error that a retry can help ends the command.
+/// Returns the namespaces whose lease has ended, and removes each if `remove` is set. A namespace
+/// that the store refuses to remove stays, and is returned as not removed. An error that a retry
+/// can resolve ends the command.
 fn expired(store: &dyn PageStore, remove: bool) -> Result<Vec<Expired>, StoreError> {
     let one = |(id, record): (NamespaceId, Record)| {
         let removed = match remove.then(|| store.forget(VmNamespace { id, vm: record.vm })) {

@@ -1,4 +1,4 @@
-//! A VM in this process, for programs that try out a way to migrate.
+//! A VM in this process, for programs that try out a migration technique.
 
 use std::{
     path::{Path, PathBuf},
@@ -36,38 +36,38 @@ use crate::vmm::{
     self, ColdPages, Host, HostOptions, Machine, MachineConfig, MachineError, MachineSource, SerialTarget,
 };
 
-/// How often a guest's board is looked at while it is waited for.
+/// The interval at which a guest's board is read while a caller waits for a change.
 const LOOK: Duration = Duration::from_millis(2);
-/// How long a guest may take until it has done what it was asked for: far longer than it does, also
-/// on a busy machine.
+/// The longest time in which a guest must have done what was requested. Guests need far less time,
+/// even on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Who answers for what a VM of this kind puts into page stores.
+/// The owner that page stores record for the pages of such a VM.
 const A_PROGRAM: Owner = match Owner::new("a program with a VM") {
     Ok(owner) => owner,
     Err(_) => panic!("the text is printable"),
 };
 
-/// What a new VM is made of.
+/// The configuration of a new VM.
 #[derive(Clone, Debug)]
 pub struct VmOptions {
-    /// Bytes of RAM.
+    /// The size of RAM in bytes.
     pub memory: u64,
-    /// vCPUs, 1 to 16.
+    /// The number of vCPUs, 1 to 16.
     pub cpus: u32,
-    /// How RAM is backed. A [hand-over](migration_core::strategy::HandOver) needs memory that
-    /// processes can share.
+    /// The kind of memory for RAM. A [hand-over](migration_core::strategy::HandOver) needs memory
+    /// that processes can share.
     pub backing: Backing,
-    /// How dirty pages are found.
+    /// The way in which dirty pages are found.
     pub tracker: TrackerKind,
-    /// What it runs; `None` for nothing.
+    /// The guest, or `None` for no guest.
     pub guest: Option<Guest>,
-    /// Where its serial port writes to.
+    /// The target of the serial port's output.
     pub serial: SerialTarget,
 }
 
 impl Default for VmOptions {
-    /// One vCPU, 256 MiB of RAM, and no guest.
+    /// Returns options with one vCPU, 256 MiB of RAM, and no guest.
     fn default() -> Self {
         Self {
             memory: 256 << 20,
@@ -88,123 +88,126 @@ impl VmOptions {
     }
 }
 
-/// What a VM runs.
+/// The guest that a VM runs.
 #[derive(Clone, Debug)]
 pub enum Guest {
     /// A built-in workload.
     Workload(String),
-    /// An ELF64 with a PVH entry note.
+    /// An ELF64 kernel with a PVH entry note.
     Kernel {
-        /// The file.
+        /// The path of the kernel.
         file: PathBuf,
         /// The kernel's command line.
         cmdline: String,
     },
 }
 
-/// Why a VM cannot be built.
+/// The reason why a VM cannot be built.
 #[derive(Debug, Error)]
 pub enum BuildError {
-    /// The workload is wrong.
+    /// The workload's specification is invalid.
     #[error(transparent)]
     Workload(#[from] WorkloadError),
-    /// The workload cannot run on these vCPUs, whatever memory there is.
+    /// The workload cannot run on this number of vCPUs, whatever the size of RAM is.
     #[error("{spec}")]
     NeverEnough {
-        /// The workload.
+        /// The workload's specification.
         spec: String,
-        /// Why.
+        /// The reason.
         source: WorkloadError,
     },
     /// The guest needs more memory.
     #[error("--memory of {memory} bytes is too little: {guest} needs at least {mib} MiB (--memory {mib}M)")]
     Memory {
-        /// Bytes that the VM has.
+        /// The size of the VM's RAM in bytes.
         memory: u64,
-        /// What does not fit.
+        /// The guest that does not fit.
         guest: String,
-        /// MiB that it needs.
+        /// The size of RAM that the guest needs, in MiB.
         mib: u64,
     },
-    /// The host does not give what the VM needs, or the kernel cannot be loaded.
+    /// The host lacks something that the VM needs, or the kernel cannot be loaded.
     #[error(transparent)]
     Machine(#[from] MachineError),
 }
 
-/// Why a VM has not moved. The report says what the migration has done until then.
+/// The error of a migration that has not moved the VM. The report describes the migration.
 #[derive(Debug, Error)]
 #[error("the migration is {}: {}", report.outcome.as_str(), report.reason.as_deref().unwrap_or("no reason is known"))]
 pub struct NotMoved {
-    /// Its outcome says who has the VM now: unless it is *lost*, *ended* or *in doubt*, that is
-    /// still this process, where the guest runs on.
+    /// The report. Its outcome says which process has the VM: unless it is *lost*, *ended* or *in
+    /// doubt*, this process still has the VM, and the guest continues to run here.
     pub report: Box<Report>,
 }
 
-/// Why a destination cannot listen.
+/// The reason why a destination cannot listen.
 #[derive(Debug, Error)]
 pub enum ListenError {
-    /// Not at this address.
+    /// The address cannot be bound.
     #[error(transparent)]
     Bind(#[from] std::io::Error),
-    /// A listener names its address in a form that nobody can connect to.
+    /// The listener's address has a form to which no source can connect.
     #[error(transparent)]
     Address(#[from] AddressError),
 }
 
-/// Why a guest has not done what it was asked for.
+/// The reason why a guest has not done what was requested.
 #[derive(Debug, Error)]
 pub enum GuestError {
-    /// The guest is no built-in workload, or has not started.
+    /// The guest is not a built-in workload, or has not started.
     #[error("the guest is no built-in workload, or has not started")]
     NoBoard,
-    /// It does not do it in time.
+    /// The guest has not done what was requested in time.
     #[error("the guest does not {wanted} within {PATIENCE:?}: {board:?}")]
     Late {
-        /// What it was to do.
+        /// What the guest was to do.
         wanted: &'static str,
-        /// What it shows instead.
+        /// The board that the guest shows instead.
         board: Box<Board>,
     },
-    /// It has ended by itself.
+    /// The guest has ended by itself.
     #[error("the guest has ended: {0}")]
     Ended(String),
-    /// Its cold pages go to no page store.
+    /// The guest's cold pages go to no page store.
     #[error("cold pages of the guest go to no page store")]
     NotPaged,
-    /// No thread reads its cold pages back. They come when they are touched.
+    /// No thread could be started to read cold pages back. The guest still gets each page when it
+    /// touches the page.
     #[error("a thread that reads cold pages back")]
     NotBack(#[source] std::io::Error),
-    /// Its pages do not go to the page stores in time.
+    /// The guest's pages have not reached the page stores in time.
     #[error("too few pages are in page stores after {PATIENCE:?}: {0:?}")]
     Warm(Box<PagingStatus>),
 }
 
-/// How a VM is migrated.
+/// The options of a migration.
 #[derive(Clone, Default)]
 pub struct MigrateOptions {
     /// The engine's options.
     pub source: SourceOptions,
-    /// What encrypts the channels; the destination has the same.
+    /// The encryption of the channels. The destination must have the same.
     pub security: Option<Security>,
-    /// Whether the strategy is told which pages the guest reads, where the kernel can tell.
+    /// Whether the strategy learns which pages the guest reads, if the kernel can report them.
     pub references: bool,
 }
 
 /// A VM in this process. The guest ends when this is dropped.
 ///
-/// On a host without KVM it is a software guest: threads that write the same pages at the same
-/// rate, and execute no code.
+/// On a host without KVM, the VM is a software guest: threads that write the same pages at the same
+/// rate, but execute no code.
 pub struct Vm {
     pub(crate) machine: Arc<Machine>,
-    /// The epoch of the last migration or snapshot that it comes from, or that has failed.
+    /// The epoch of the migration or snapshot that the VM comes from, or of a later migration that
+    /// has failed.
     epoch: AtomicU32,
 }
 
 impl Vm {
-    /// Builds a VM and loads its guest, which does not run yet.
+    /// Builds a VM and loads its guest. The guest does not run yet.
     ///
     /// # Errors
-    /// When the workload is wrong, the memory too little, or the host lacks something.
+    /// Returns an error if the workload is invalid, if the memory is too small, or if the host
+    /// lacks something that the VM needs.
     pub fn build(options: &VmOptions) -> Result<Self, BuildError> {
         let VmOptions { memory, cpus, backing, tracker, ref guest, ref serial } = *options;
         match guest {
@@ -229,49 +232,50 @@ impl Vm {
         Ok(Self { machine: Arc::new(machine), epoch: AtomicU32::new(0) })
     }
 
-    /// Builds a VM and runs it.
+    /// Builds a VM and starts it.
     ///
     /// # Errors
-    /// As [`build`](Self::build).
+    /// Returns the errors of [`build`](Self::build), and an error if the VM cannot be started.
     pub fn start(options: &VmOptions) -> Result<Self, BuildError> {
         let vm = Self::build(options)?;
         vm.machine.start(true)?;
         Ok(vm)
     }
 
-    /// Puts cold pages of the guest into page stores from now on, so that no more than `limit` stays
-    /// in RAM. Each of the stores gets every page. The guest may run. Can be called once.
+    /// Puts cold pages of the guest into page stores from now on, so that at most `limit` stays in
+    /// RAM. Every page goes into each of the stores. The guest may run already. May be called once.
     ///
     /// # Errors
-    /// When pages of this VM cannot be evicted, or a store does not take them.
+    /// Returns an error if pages of this VM cannot be evicted, or if a store does not accept them.
     pub fn keep_cold_pages(&self, stores: Vec<Arc<dyn PageStore>>, limit: ResidentLimit) -> Result<(), MachineError> {
         self.machine.page_out(ColdPages { stores, owner: A_PROGRAM, limit })
     }
 
-    /// Returns how much of the VM's memory is in RAM and in page stores; `None` unless cold pages go
-    /// there.
+    /// Returns how much of the VM's memory is in RAM and in page stores. Returns `None` if cold
+    /// pages go to no page store.
     pub fn paging(&self) -> Option<PagingStatus> {
         self.machine.paging()
     }
 
-    /// Changes the limit of what stays in RAM. Without one, all pages are read back in the background.
+    /// Changes the limit of the memory that stays in RAM. Without a limit, all pages are read back
+    /// in the background.
     ///
     /// # Errors
-    /// When cold pages go to no page store.
+    /// Returns an error if cold pages go to no page store.
     pub fn set_resident_limit(&self, limit: ResidentLimit) -> Result<(), GuestError> {
         self.machine.set_resident_limit(limit)
     }
 
-    /// Removes the cold pages from their stores, because the VM is not needed any more. Never called
-    /// when it was migrated: its destination reads them there.
+    /// Removes the cold pages from their stores, because the VM is not needed any more. Must not be
+    /// called after a migration, because the destination reads the pages from the stores.
     pub fn forget_cold_pages(&self) {
         self.machine.forget_cold_pages();
     }
 
-    /// Waits until so many bytes are in page stores.
+    /// Waits until at least `bytes` bytes are in page stores, and returns the status then.
     ///
     /// # Errors
-    /// When they do not get there.
+    /// Returns an error if cold pages go to no page store, or if too few bytes are there in time.
     pub fn wait_cold(&self, bytes: u64) -> Result<PagingStatus, GuestError> {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -286,19 +290,20 @@ impl Vm {
         }
     }
 
-    /// Moves the VM to the destination that listens at `to`. Returns when the destination has
-    /// everything.
+    /// Moves the VM to the destination that listens at `to`. Returns when the destination has the
+    /// whole VM.
     ///
     /// # Errors
-    /// When it has not moved: see [`NotMoved`].
+    /// Returns [`NotMoved`] if the VM has not moved. The report in it says which process has the
+    /// VM.
     pub fn migrate(&self, to: &Address, strategy: &mut dyn Strategy) -> Result<Report, NotMoved> {
         self.migrate_with(to, strategy, &MigrateOptions::default())
     }
 
-    /// As [`migrate`](Self::migrate), with options.
+    /// Moves the VM as [`migrate`](Self::migrate) does, with options.
     ///
     /// # Errors
-    /// As [`migrate`](Self::migrate).
+    /// Returns the errors of [`migrate`](Self::migrate).
     pub fn migrate_with(
         &self,
         to: &Address,
@@ -317,11 +322,13 @@ impl Vm {
         self.moved(engine::migrate(&mut source, &*link, strategy, &options, commands))
     }
 
-    /// Protects the VM in the page stores of `options`, until the controller of `commands` evicts it
-    /// or ends that: see [`stage`](engine::stage). Returns when the destination has everything.
+    /// Protects the VM in the page stores of `options`, until the controller of `commands` evicts
+    /// the VM or ends the protection: see [`stage`](engine::stage). Returns when the destination
+    /// has the whole VM.
     ///
     /// # Errors
-    /// When it has not moved: see [`NotMoved`].
+    /// Returns [`NotMoved`] if the VM has not moved. The report in it says which process has the
+    /// VM.
     pub fn protect(
         &self,
         strategy: &mut dyn Strategy,
@@ -345,10 +352,11 @@ impl Vm {
         }
     }
 
-    /// Writes the VM as it is at one moment to a file, while it runs on.
+    /// Writes the state of the VM at one moment to a file, while the VM continues to run.
     ///
     /// # Errors
-    /// When the file cannot be written, or the VM cannot be saved; it runs on.
+    /// Returns an error if the file cannot be written, or if the VM cannot be saved. The VM
+    /// continues to run.
     pub fn snapshot(&self, file: &Path) -> Result<SnapshotReport, MigrationError> {
         let store = SnapshotFile::create(file, self.machine.pages());
         let mut store = store.map_err(|cause| MigrationError::Store { step: "making the snapshot's file", cause })?;
@@ -358,11 +366,11 @@ impl Vm {
         engine::snapshot(&mut source, &mut store, &options, commands)
     }
 
-    /// Builds the VM of a snapshot. Its guest runs on from there. See to it that no other instance
-    /// of it runs.
+    /// Builds the VM of a snapshot, whose guest continues from there. The caller must make sure
+    /// that no other instance of the VM runs.
     ///
     /// # Errors
-    /// When the file cannot be read, or the VM cannot be built here.
+    /// Returns an error if the file cannot be read, or if the VM cannot be built here.
     pub fn restore(file: &Path) -> Result<Self, MigrationError> {
         let options = RestoreOptions::default();
         let store = SnapshotFile::open(file, options.max_ram_bytes / layout::PAGE_SIZE);
@@ -371,36 +379,38 @@ impl Vm {
         Ok(Self { machine: restored.vm.0, epoch: AtomicU32::new(restored.report.epoch) })
     }
 
-    /// Returns what a built-in workload shows of itself; `None` of another guest, of one that has
-    /// not started, and while the page with it is missing.
+    /// Returns the board of a built-in workload. Returns `None` for another guest, for a guest that
+    /// has not started, and while the page with the board is missing.
     pub fn board(&self) -> Option<Board> {
         self.machine.snapshot().workload
     }
 
-    /// Waits until a built-in workload has filled its pages and works, and returns what it shows
-    /// then.
+    /// Waits until a built-in workload has filled its pages and works. Returns the board of the
+    /// workload then.
     ///
     /// # Errors
-    /// When it does not get to work.
+    /// Returns an error if the guest shows no board, has ended, or does not work in time.
     pub fn wait_at_work(&self) -> Result<Board, GuestError> {
         self.wait_until("get to work", |board| board.state == guests::State::Running && board.operations > 0)
     }
 
-    /// Waits until a built-in workload has worked on, after what it shows now, and returns what it
-    /// shows then.
+    /// Waits until a built-in workload has done more work than at the time of the call. Returns the
+    /// board of the workload then.
     ///
     /// # Errors
-    /// When it does not.
+    /// Returns an error if the guest shows no board, has ended, or does not work in time.
     pub fn wait_works_on(&self) -> Result<Board, GuestError> {
         let before = self.board().map_or(0, |board| board.operations);
         self.wait_until("work on", |board| board.operations > before)
     }
 
-    /// Lets a built-in workload check all its pages, and returns how many it has found wrong in its
-    /// life. Not for a VM whose migration is under way.
+    /// Lets a built-in workload check all of its pages. Returns the number of errors that the
+    /// workload has found since it was first started. Must not be called while a migration of the
+    /// VM is under way.
     ///
     /// # Errors
-    /// When it does not do it.
+    /// Returns an error if the guest shows no board, has ended, or does not finish the check in
+    /// time.
     pub fn verify(&self) -> Result<u64, GuestError> {
         let next = self.wait_until("start", |_| true)?.verify_done + 1;
         let ram = self.machine.ram();
@@ -435,7 +445,7 @@ fn enough(memory: u64, least: u64, guest: impl FnOnce() -> String) -> Result<(),
     Err(BuildError::Memory { memory, guest: guest(), mib: least.div_ceil(1 << 20) })
 }
 
-/// Builds VMs that arrive as they were at their source.
+/// Returns a host that builds arriving VMs with the settings of their source.
 fn host() -> Host {
     Host::new(HostOptions {
         serial: SerialTarget::Null,
@@ -447,7 +457,7 @@ fn host() -> Host {
     })
 }
 
-/// Waits for a VM to arrive.
+/// A destination, which waits for a VM to arrive.
 pub struct Destination {
     address: Address,
     handle: ReceiverHandle,
@@ -456,18 +466,18 @@ pub struct Destination {
 }
 
 impl Destination {
-    /// Listens at an address; port 0 takes any that is free.
+    /// Listens at an address. Port 0 chooses a free port.
     ///
     /// # Errors
-    /// When that is not possible.
+    /// Returns an error if the address cannot be bound, or if no source could connect to it.
     pub fn listen(at: &Address) -> Result<Self, ListenError> {
         Self::listen_with(at, None, ReceiverOptions::default())
     }
 
-    /// As [`listen`](Self::listen), with options and encryption.
+    /// Listens as [`listen`](Self::listen) does, with options and encryption.
     ///
     /// # Errors
-    /// As [`listen`](Self::listen).
+    /// Returns the errors of [`listen`](Self::listen).
     pub fn listen_with(
         at: &Address,
         security: Option<Security>,
@@ -485,7 +495,7 @@ impl Destination {
             host(),
             move |arrived| {
                 let vm = Vm { machine: arrived.vm.0, epoch: AtomicU32::new(arrived.epoch) };
-                // whoever waited may have gone
+                // the caller may have dropped the destination
                 drop(tx.send(vm));
             },
             options,
@@ -496,25 +506,26 @@ impl Destination {
         Ok(Self { address, handle, arrived, receives })
     }
 
-    /// Returns where it listens, as a source names it.
+    /// Returns the address at which the destination listens, as a source names it.
     pub fn address(&self) -> &Address {
         &self.address
     }
 
-    /// Returns what controls it while [`wait`](Self::wait) waits.
+    /// Returns a handle that controls the destination while [`wait`](Self::wait) waits.
     pub fn handle(&self) -> ReceiverHandle {
         self.handle.clone()
     }
 
-    /// Waits until the VM runs here. In post-copy its last pages are then still to come.
+    /// Waits until the VM runs here, and returns the VM. In post-copy, its missing pages arrive
+    /// later.
     ///
     /// # Errors
-    /// When none comes.
+    /// Returns an error if no VM arrives.
     pub fn wait(self) -> Result<Vm, ReceiveError> {
         match self.arrived.recv() {
-            // its thread goes on until the last page and its source's last word are there
+            // the thread continues until it has the last page and the last message of the source
             Ok(vm) => Ok(vm),
-            // the thread has dropped the receiver, and with it the other end
+            // the thread has dropped the receiver, and with it the other end of the channel
             Err(mpsc::RecvError) => match self.receives.join() {
                 Ok(Ok(())) => Err(ReceiveError::Stopped),
                 Ok(Err(error)) => Err(error),

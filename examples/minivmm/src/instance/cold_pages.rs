@@ -1,4 +1,4 @@
-//! Cold pages of the VM that is at home here, in one of the process's page stores.
+//! Puts cold pages of the VM that is at home here into one of the process's page stores.
 
 use migration_core::{text::describe, working_set::ResidentLimit};
 use migration_kvm::swapper::PagingStatus;
@@ -11,7 +11,7 @@ use crate::{
 };
 
 impl Instance {
-    /// Puts cold pages of the VM into one of the page stores from now on.
+    /// Puts cold pages of the VM into the page store named `store` from now on.
     pub(crate) fn keep_cold_pages(&self, store: &str, limit: ResidentLimit) -> Result<(), String> {
         let failed = |why: String| format!("--cold-store {store}: {why}");
         let opened = self.page_stores.for_cold_pages(store, &self.sealing).map_err(|e| failed(describe(e)))?;
@@ -27,7 +27,7 @@ impl Instance {
     }
 }
 
-/// What `status` says of the memory of a VM.
+/// Returns what `status` reports about cold pages, or null if they go to no page store.
 pub(super) fn paging(machine: Option<&Machine>) -> Value {
     let paging = machine.and_then(Machine::paging);
     paging.map_or(Value::Null, |paging| to_json(&paging))

@@ -1,17 +1,18 @@
-//! Where the VM is found, and who takes this process's place there: HyperFresh.
+//! The place at which clients find the VM, and the successor that takes this process's place there
+//! (HyperFresh).
 
 use migration_kvm::successor::{PredecessorEnd, take_control, watch_predecessor};
 
 use super::*;
 
 impl Instance {
-    /// Where this minivmm is found.
+    /// Sets the place at which clients find this minivmm.
     pub(crate) fn set_place(&self, place: Place) {
         self.lock().place = Some(place);
     }
 
-    /// Where this minivmm is found, if its VM can be handed over to a successor that is to be found
-    /// there; else why not.
+    /// Returns the place of this minivmm if its VM can be handed over to a successor there.
+    /// Otherwise returns the reason.
     pub(crate) fn can_be_succeeded(&self) -> Result<Place, String> {
         let place = self.lock().place.clone();
         let place = place.ok_or("refresh: a successor is reached by the control socket, and there is none")?;
@@ -21,14 +22,14 @@ impl Instance {
         }
     }
 
-    /// This process is a successor: with the VM its control socket `own` goes to `place`, and the
-    /// plan goes on.
+    /// Makes this process a successor. When it has the VM, its control socket `own` moves to
+    /// `place`, and `plan` continues.
     pub(crate) fn succeed(&self, own: PathBuf, place: PathBuf, plan: Option<Plan>) {
         self.lock().succeeds = Some((own, place, plan));
     }
 
-    /// A successor has nothing to wait for once its predecessor is dead: it inherits the VM, or
-    /// ends.
+    /// Watches the predecessor of this successor. When the predecessor is dead, the successor takes
+    /// over the VM, or ends if the VM has not come.
     pub(crate) fn succeeds_process(self: &Arc<Self>, predecessor: Vec<u8>) -> Result<(), String> {
         let Some(receiver) = self.lock().receiver.clone() else { return Ok(()) };
         let instance = self.clone();
@@ -46,12 +47,13 @@ impl Instance {
         thread::Builder::new().name("watch".into()).spawn(watch).map(drop).map_err(|e| format!("no thread: {e}"))
     }
 
-    /// Until it is known what has become of the VM: whether it is in doubt still, after so long.
+    /// Waits while the VM is in doubt, for at most `time`. Returns whether it is still in doubt
+    /// then.
     pub(crate) fn in_doubt(&self, time: Duration) -> bool {
         self.wait_while(time, |state| state.role == Role::InDoubt).role == Role::InDoubt
     }
 
-    /// The VM is lost with the process that had it.
+    /// Records that the VM is lost with the process that had it.
     pub(crate) fn vm_lost_with(&self, pid: u32) {
         self.lock().lost(&format!("process {pid} died when it was about to run the VM, or just after"));
         self.changed.notify_all();

@@ -1,5 +1,6 @@
-//! The VM's RAM at a broker, and what the broker is told for the time after this process: before
-//! another process may run the VM, and not after.
+//! The VM's RAM at a broker, and the restart record that the broker keeps for the time after this
+//! process. A change of the record is reported before another process may run the VM, and not
+//! after.
 
 use migration_transport::{
     BrokerError, RamLease,
@@ -9,7 +10,7 @@ use migration_transport::{
 use super::*;
 use crate::{control, restart::StoredRecord};
 
-/// The VM, as its broker is told of it.
+/// The VM as it is registered with its broker.
 struct AtBroker {
     machine: Arc<Machine>,
     place: Option<Place>,
@@ -33,18 +34,18 @@ impl SupervisedVm for AtBroker {
 }
 
 impl Instance {
-    /// Has the broker, if there is one, keep the VM's RAM.
+    /// Registers the VM's RAM with the broker, if there is one.
     pub(crate) fn keep_ram(&self) -> Result<(), String> {
         self.report_broker(Change::Nothing).map_err(describe)
     }
 
-    /// Where the broker is, if there is one. Waits for nobody.
+    /// Returns the broker's socket, if there is a broker. Does not wait.
     pub(super) fn broker(&self) -> Option<PathBuf> {
         self.kept.status().broker
     }
 
-    /// Where it is, if it has the VM's RAM; and from what the VM can be restarted. Waits for
-    /// nobody.
+    /// Returns the broker's socket if the broker has the VM's RAM, and the snapshot from which the
+    /// VM can be restarted. Does not wait.
     pub(crate) fn kept_by(&self) -> (Option<PathBuf>, Option<Saved>) {
         let OwnerStatus { broker, has_ram, saved } = self.kept.status();
         let broker = broker.filter(|_| has_ram);
@@ -52,19 +53,19 @@ impl Instance {
         (broker, saved)
     }
 
-    /// From now on this broker is the VM's.
+    /// Makes this broker the VM's broker from now on.
     pub(super) fn set_broker(&self, broker: Option<PathBuf>) {
         self.kept.set_broker(broker);
     }
 
-    /// The VM has ended well or moved away.
+    /// Releases the VM's RAM at the broker. Called when the VM has ended orderly or moved away.
     pub(super) fn forget_ram(&self) {
         if let Err(error) = self.kept.release() {
             log!("{}", Chain(&error));
         }
     }
 
-    /// What the broker is told of, if there is a VM.
+    /// Returns the VM for the broker, or `None` if there is no VM.
     fn at_broker(&self) -> Option<AtBroker> {
         let state = self.lock();
         let (machine, place) = (state.machine.clone()?, state.place.clone());
@@ -72,8 +73,8 @@ impl Instance {
         Some(AtBroker { machine, place, seal_key: self.seal_key() })
     }
 
-    /// Changes what is to be known after this process, and has the broker know it. If the VM is
-    /// borrowed that is its home's to do.
+    /// Changes the restart record, and reports the change to the broker. Does nothing if the VM is
+    /// borrowed, because the VM's home reports the change then.
     fn report_broker(&self, change: Change<Saved>) -> Result<(), BrokerError> {
         if self.lender().is_some() {
             return Ok(());
@@ -81,14 +82,15 @@ impl Instance {
         self.kept.update(self.at_broker().as_ref().map(|vm| vm as _), change)
     }
 
-    /// As [`report_broker`](Self::report_broker) for a VM that is not borrowed, where it must not be
-    /// restarted by a broker that has not heard of it.
+    /// Changes the restart record as [`report_broker`](Self::report_broker) does, for a VM that is
+    /// not borrowed. Fails if the broker does not learn of the change, because that broker might
+    /// restart the VM while it runs elsewhere.
     fn must_tell_broker(&self, change: Change<Saved>) -> Result<(), String> {
         let told = self.kept.update_or_fail(self.at_broker().as_ref().map(|vm| vm as _), change);
         told.map_err(|e| format!("the broker would not know where the VM is, and might restart it: {}", Chain(&e)))
     }
 
-    /// The VM is about to leave for `to`: for the process `heir`, or nobody knows for which one.
+    /// Reports that the VM is about to leave for `to`. `heir` is the process there, if it is known.
     pub(super) fn leaves_for(&self, to: &Address, heir: Option<Vec<u8>>) -> Result<(), String> {
         match heir {
             Some(heir) => self.may_be_at(heir, to),
@@ -96,17 +98,20 @@ impl Instance {
         }
     }
 
-    /// Beside this process that one may have the VM, which is reached there.
+    /// Reports that `process`, which is reached at `to`, may run the VM in addition to this
+    /// process.
     pub(super) fn may_be_at(&self, process: Vec<u8>, to: &Address) -> Result<(), String> {
         self.is_or_may_be(Some(to.to_string()), Change::MayRunIn(process))
     }
 
-    /// The VM may run where its processes cannot be told dead.
+    /// Reports that the VM may run at `to`, where nobody can determine here whether its processes
+    /// are dead. `None` means that it may not run elsewhere any more.
     pub(super) fn is_elsewhere(&self, to: Option<String>) -> Result<(), String> {
         self.is_or_may_be(to.clone(), Change::Elsewhere(to))
     }
 
-    /// Has the lender know that the VM may run at `to`, or else the broker know of this change.
+    /// Reports to the lender that the VM may run at `to`, or reports the change to the broker if
+    /// the VM is not borrowed.
     fn is_or_may_be(&self, to: Option<String>, change: Change<Saved>) -> Result<(), String> {
         match self.lender() {
             Some(lender) => control::ask_peer(&lender, &Request::Elsewhere { to }).map(drop),
@@ -114,7 +119,7 @@ impl Instance {
         }
     }
 
-    /// It has not left.
+    /// Reports that the VM has not left.
     pub(super) fn stays(&self) {
         let told = self.is_or_may_be(None, Change::Here);
         if let Err(why) = told {
@@ -122,9 +127,9 @@ impl Instance {
         }
     }
 
-    /// The guest has come to its end.
+    /// Reports that the guest has ended.
     pub(super) fn guest_ended(&self) {
-        // if the VM is borrowed, its home learns it from the report
+        // if the VM is borrowed, its home learns of the end from the report
         if self.lender().is_none()
             && let Err(why) = self.must_tell_broker(Change::Ended)
         {
@@ -132,7 +137,7 @@ impl Instance {
         }
     }
 
-    /// This is a whole snapshot of the VM, to go on from.
+    /// Reports a complete snapshot of the VM, from which the VM can be restarted.
     pub(crate) fn has_snapshot(&self, snapshot: Saved) {
         let file = snapshot.file.clone();
         let told = match self.lender() {
@@ -144,7 +149,8 @@ impl Instance {
         }
     }
 
-    /// Whose broker is to know, if the VM is borrowed from a home that has one.
+    /// Returns the control socket of the VM's home, if the VM is borrowed from a home that has a
+    /// broker.
     fn lender(&self) -> Option<PathBuf> {
         self.lock().lender.clone()
     }
@@ -176,14 +182,14 @@ mod tests {
         let teller = instance.clone();
         let teller = thread::spawn(move || teller.keep_ram());
         let (mut asked, _) = listener.accept().unwrap();
-        // the request is here: whoever waits for the answer holds what is held for that time
+        // the request has arrived: the thread that waits for the answer holds its locks by now
         asked.read_exact(&mut [0]).unwrap();
         assert_eq!(instance.status()["kept_by"], Value::Null);
         assert_eq!(instance.broker(), Some(path));
         assert!(instance.handle(Request::Cancel, &mut |_| {}).unwrap_err().contains("no migration is under way"));
         assert_eq!(instance.handle(Request::Quit, &mut |_| {}).unwrap()["state"], "ended");
         drop((asked, listener));
-        // only now: after its patience the client would have had another error
+        // Only now: after its time limit, the client would have returned another error.
         let why = teller.join().unwrap().unwrap_err();
         assert!(why.contains("closed the connection") || why.contains("reset"), "{why}");
     }

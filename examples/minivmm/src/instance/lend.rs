@@ -1,5 +1,4 @@
-//! Ephemeral virtualization: the VMM at which a VM is at home lends it to one that has a feature,
-//! and gets it back.
+//! Ephemeral virtualization: the home VMM of a VM lends the VM to a feature VMM, and gets it back.
 
 use migration_core::{
     channel::Listener,
@@ -11,11 +10,11 @@ use migration_kvm::lending::{self, Absence, AbsenceEnd, GivenBack, HomeVmm, Jour
 use super::*;
 use crate::{control, vmm::Tenant};
 
-/// Who has the guest.
+/// The borrower that has the guest.
 pub(super) struct Lent {
     request: LendRequest,
     absence: Absence,
-    /// Where the guest is taken back.
+    /// The address at which the guest is taken back.
     back: String,
 }
 
@@ -28,14 +27,14 @@ impl Lent {
 }
 
 impl Instance {
-    /// Lends the guest. Answers when the borrower runs it, with the address at which it is taken
-    /// back.
+    /// Lends the guest. Returns when the borrower runs the guest. The answer contains the address
+    /// at which the guest is taken back.
     pub(crate) fn lend(self: &Arc<Self>, request: LendRequest) -> Result<Value, String> {
         let to: Address = request.to.parse().map_err(|e| format!("{}: {e}", request.to))?;
         let borrower = request.borrower.clone();
         let place = self.lock().place.clone();
         let place = place.ok_or("lend: the guest is asked back by the control socket, and there is none")?;
-        // it means to be given the VM by a process that it can tell dead
+        // the borrower expects the VM from a process whose death it can detect
         let own = ProcessIdentity::own().map_err(|e| format!("lend: {e}"))?.encode();
         if request.lender.as_ref().is_some_and(|lender| *lender != own) {
             return Err("lend: another process has the VM since the request was written".into());
@@ -57,7 +56,8 @@ impl Instance {
         let absence = Absence::new(borrower.clone(), Duration::from_micros(request.within_us));
         state.lent = Some(Lent { request, absence: absence.clone(), back: String::new() });
         drop(state);
-        // as in `migrate_to`
+        // from here on nobody else begins a migration, and what follows may wait, as in
+        // `migrate_to`
         let way_back = self.way_back(&place, number);
         let told = way_back.and_then(|way_back| self.may_be_at(borrower, &to).map(|()| way_back));
         let (back, mut listener) = told.map_err(|why| {
@@ -79,7 +79,7 @@ impl Instance {
             };
             let home: Arc<dyn HomeVmm> = instance.clone();
             let end = absence.run(&home, resident, journey);
-            // nobody comes to it any more; the next borrower gets another one
+            // no guest comes to this address any more; the next borrower gets another one
             let _ = std::fs::remove_file(&back);
             instance.keep_at_exit(&back);
             instance.absence_ended(end);
@@ -88,7 +88,7 @@ impl Instance {
         Ok(await_end(updates, false, &mut |_| {})?)
     }
 
-    /// Where the guest comes back to, and the listener there.
+    /// Returns the path at which the guest comes back, and the listener there.
     fn way_back(&self, place: &Place, number: u64) -> Result<(PathBuf, Box<dyn Listener>), String> {
         let mut back = place.control.clone().into_os_string();
         back.push(format!(".b{}.{number}", std::process::id()));
@@ -116,12 +116,13 @@ impl Instance {
                 self.lock().lost(&format!("its guest was lent, and does not come back: {}", Chain(&why)));
                 self.changed.notify_all();
             }
-            // that was told
+            // `gone` has handled this end
             AbsenceEnd::Gone => {}
         }
     }
 
-    /// A borrower says that the guest will not come back, since it went on elsewhere, or has ended.
+    /// Handles the report of a borrower that the guest will not come back, because the guest moved
+    /// elsewhere or has ended.
     pub(crate) fn gone(&self, report: Value, status: u8) -> Result<Value, String> {
         let mut state = self.lock();
         if state.role != Role::Lent {
@@ -149,29 +150,30 @@ impl Instance {
     // ---- the borrower's side
     // -----------------------------------------------------------------------------------
 
-    /// This minivmm runs VMs of others, now and then.
+    /// Makes this minivmm a borrower, which runs VMs of other minivmms from time to time.
     pub(crate) fn borrows(&self) {
         self.lock().role = Role::Standby;
     }
 
-    /// The VM is that of the minivmm at this control socket, which has this broker.
+    /// Records that the VM belongs to the minivmm at the control socket `lender`, which has this
+    /// broker.
     pub(crate) fn borrows_from(&self, lender: &Path, broker: Option<PathBuf>) {
         self.lock().lender = broker.is_some().then(|| lender.to_owned());
         self.set_broker(broker);
     }
 
-    /// How to wait for a guest.
+    /// Returns the options for receiving a guest.
     pub(crate) fn visit_options(self: &Arc<Self>, patience: Duration) -> ReceiverOptions {
         ReceiverOptions { patience: Some(patience), ..self.receiver_options(Arrival::SHARED) }
     }
 
-    /// A guest is here for a while.
+    /// Records that a guest is here for a limited time.
     pub(crate) fn visited(self: &Arc<Self>, machine: &Arc<Machine>, epoch: u32) {
         let mut state = self.lock();
         let known = state.machine.as_ref().is_some_and(|known| Arc::ptr_eq(known, machine));
         state.epoch = epoch;
         if known {
-            // it runs since before this is said: it may have ended
+            // the guest has been running since before this call, so it may have ended
             state.role = state.at_home();
         }
         drop(state);
@@ -181,11 +183,11 @@ impl Instance {
         self.changed.notify_all();
     }
 
-    /// Its owner wants it.
+    /// Handles the request of the owner to give the guest back.
     pub(crate) fn give_back(&self) -> Result<Value, String> {
         let mut state = self.lock();
         match state.role {
-            // it may have come just now, or be on its way
+            // the guest may have come just now, or may be on its way
             Role::Home | Role::Saving | Role::Outgoing | Role::Standby => {}
             role => return Err(format!("give back: this minivmm is {}", role.name())),
         }
@@ -195,12 +197,13 @@ impl Instance {
         Ok(json!({"asked": true}))
     }
 
-    /// Waits so long with a guest, unless it is asked back, or the process shall end.
+    /// Waits for `time` with a guest, unless the guest is requested back or the process is to end.
     pub(crate) fn hold(&self, time: Duration) {
         drop(self.wait_while(time, |state| !state.asked_back && state.exit.is_none()));
     }
 
-    /// What has become of the guest, once no migration of it is under way or in doubt any more.
+    /// Waits until no migration or snapshot of the guest is under way or in doubt, and returns the
+    /// guest's fate.
     pub(crate) fn fate(&self) -> Fate {
         let mut state = self.lock();
         loop {
@@ -215,8 +218,8 @@ impl Instance {
         }
     }
 
-    /// It stays here, for whatever reason: not even a signal that came before ends this process
-    /// now.
+    /// Records that the guest stays here, for whatever reason. Even a signal that came before does
+    /// not end this process now.
     pub(crate) fn stay(&self) {
         let mut state = self.lock();
         if state.role == Role::Home {
@@ -224,8 +227,8 @@ impl Instance {
         }
     }
 
-    /// Hands the guest back to `to`, where its owner awaits it; the report, and the VM unless it is
-    /// lost.
+    /// Hands the guest back to `to`, where its owner waits for it. Returns the VM, unless it is
+    /// lost, and the report.
     pub(crate) fn return_guest(
         self: &Arc<Self>,
         guest: Active<Tenant>,
@@ -236,7 +239,7 @@ impl Instance {
         let (tx, _updates) = mpsc::channel();
         let mut state = self.lock();
         if state.role != Role::Home {
-            // somebody was faster
+            // another request was faster
             let report = report::not_begun("handover", &format!("this minivmm is {}", state.role.name()));
             return (Some(Err(guest)), report);
         }
@@ -277,14 +280,14 @@ impl Instance {
         (Some(gone), report)
     }
 
-    /// A borrower has no use for the dirty log any more.
+    /// Stops the dirty log, which the borrower does not need any more.
     pub(crate) fn stop_log(&self) -> Result<Value, String> {
         self.home("stop log")?.stop_log().map_err(|e| format!("stop log: {}", Chain(&e)))?;
         Ok(json!({"log": false}))
     }
 
-    /// Its owner has died while its guest was here: this minivmm is its home from now on, and is
-    /// found where that was.
+    /// Makes this minivmm the guest's home after the owner has died. Clients find it at the owner's
+    /// control socket.
     pub(crate) fn inherit_place(self: &Arc<Self>, own: &Path, owners: &Path) {
         self.succeed(own.to_owned(), owners.to_owned(), None);
         self.take_place();
@@ -330,7 +333,7 @@ impl HomeVmm for Instance {
                 log!("process {pid} does not give the VM back: {why}");
             }
         };
-        // it may never answer
+        // the borrower may never answer, so the request is sent on a separate thread
         if let Err(error) = thread::Builder::new().name("ask back".into()).spawn(ask) {
             log!("it cannot be asked: {error}");
         }
@@ -345,19 +348,19 @@ impl HomeVmm for Instance {
     }
 }
 
-/// The VM, whose guest has gone, or is still here.
+/// The standby VM whose guest has left, or the active VM whose guest is still here.
 pub(crate) type Returned = Result<Standby<Tenant>, Active<Tenant>>;
 
-/// What has become of a guest.
+/// The fate of a guest.
 pub(crate) enum Fate {
     Here,
-    /// It has moved elsewhere; the report.
+    /// The guest has moved elsewhere. Contains the report.
     Moved(Value),
     Ended,
 }
 
 impl State {
-    /// The VM is lost.
+    /// Records that the VM is lost, and ends the process.
     pub(super) fn lost(&mut self, why: &str) {
         log!("the VM is lost: {why}");
         let mut report = report::not_begun("handover", why);
@@ -389,7 +392,7 @@ mod tests {
         let config = MachineConfig::new(64 << 20, 1, Backing::Memfd, TrackerKind::Auto);
         let machine = Machine::new(MachineConfig { software: true, ..config }, &SerialTarget::Null).unwrap();
         instance.own(Arc::new(machine));
-        // a socket of a process that has ended, which another one is just replacing
+        // the socket of a process that has ended, which another process is just replacing
         let back = format!("control.b{}.1", std::process::id());
         drop(UnixListener::bind(path(&back)).unwrap());
         let lock = File::create(path(&format!(".{back}.lock"))).unwrap();
@@ -409,7 +412,7 @@ mod tests {
             thread::yield_now();
         }
         drop(lock);
-        // had `status` waited for the lock of the socket, that would have been the error
+        // if `status` had waited for the lock of the socket, the error would be about that
         let report = lending.join().unwrap().unwrap();
         assert_eq!(report["outcome"], "failed", "{report}");
         assert_eq!(instance.status()["state"], "running");

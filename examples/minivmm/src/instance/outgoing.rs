@@ -1,4 +1,4 @@
-//! Migrations and snapshots that begin here: from a client's request to what has come of it.
+//! Migrations and snapshots that begin here, from a client's request to the result.
 
 use super::*;
 use crate::page_stores::StoresError;
@@ -12,7 +12,8 @@ impl Instance {
         self.migrate_to(None, request, progress)
     }
 
-    /// As [`migrate`](Self::migrate), to this process, an encoded `ProcessIdentity`.
+    /// Migrates as [`migrate`](Self::migrate) does, to the process `heir`, an encoded
+    /// `ProcessIdentity`.
     pub(crate) fn migrate_to(
         self: &Arc<Self>,
         heir: Option<Vec<u8>>,
@@ -47,8 +48,8 @@ impl Instance {
         state.under_way = Some(UnderWay::migration(strategy.name(), to, limiter));
         state.session = session;
         drop(state);
-        // From here on nobody else begins anything, so the epoch is the last one. What follows may
-        // wait for a file system, and for a broker.
+        // From here on nobody else begins a migration or a snapshot, so the epoch is the last one.
+        // The following steps may wait for a file system, and for a broker.
         let last_epoch = self.last_epoch();
         let (id, pages) = (machine.id(), machine.pages());
         let protect = |wanted| Protection::new(wanted, &self.sealing, id, last_epoch + 1, pages);
@@ -82,7 +83,7 @@ impl Instance {
         }
     }
 
-    /// What the user wants of a migration, apart from its protection.
+    /// Returns the options that the user requests, apart from the protection.
     fn options_of(self: &Arc<Self>, request: &MigrateRequest) -> SourceOptions {
         SourceOptions {
             streams: request.streams,
@@ -139,7 +140,7 @@ impl Instance {
         await_end(updates, request.progress, progress)
     }
 
-    /// Runs a migration or a snapshot on a thread of its own.
+    /// Runs a migration or a snapshot on a separate thread.
     pub(super) fn spawn(&self, what: &'static str, body: impl FnOnce() + Send + 'static) -> Result<(), Refused> {
         thread::Builder::new().name(what.into()).spawn(body).map(drop).map_err(|cause| {
             self.not_begun();
@@ -147,7 +148,7 @@ impl Instance {
         })
     }
 
-    /// The migration or snapshot that was to begin does not.
+    /// Resets the state after a migration or a snapshot could not begin.
     pub(super) fn not_begun(&self) {
         let mut state = self.lock();
         let role = state.at_home();
@@ -215,15 +216,15 @@ impl Instance {
     }
 }
 
-/// What a migration does.
+/// The strategy of a migration, and what it uses.
 struct Chosen {
     strategy: Box<dyn Strategy>,
-    /// Whether the strategy uses what is known of pages that the guest reads.
+    /// Whether the strategy uses information about the pages that the guest reads.
     references: bool,
 }
 
 impl Chosen {
-    /// `through` are the names of page stores.
+    /// Returns the strategy that `request` names. `through` contains the names of page stores.
     fn by(request: &MigrateRequest, order: Box<dyn PushOrder>, through: Vec<String>) -> Result<Self, StoresError> {
         let references = order.name() == "hot-first";
         let strategy: Box<dyn Strategy> = match request.strategy {
@@ -243,14 +244,14 @@ impl Chosen {
     }
 }
 
-/// What the client of a migration is told.
+/// A message to a client that waits for a migration.
 pub(super) enum Update {
     Progress(Value),
     Ended(Value),
 }
 
 impl State {
-    /// A migration or a snapshot begins, for whose end this client waits.
+    /// Records that a migration or a snapshot begins, for whose end `client` waits.
     pub(super) fn begin(&mut self, role: Role, controller: Controller, client: mpsc::Sender<Update>) {
         self.controller = Some(controller);
         self.waiting = vec![client];
@@ -259,23 +260,23 @@ impl State {
         self.checkpoints = CheckpointCounts::default();
     }
 
-    /// It has come to this.
+    /// Records that the migration or snapshot has ended with `report`.
     pub(super) fn end(&mut self, report: Value) {
         self.tell(report);
         (self.controller, self.session, self.under_way) = (None, None, None);
     }
 
-    /// Answers those who wait for the end.
+    /// Sends `report` to all clients that wait for the end.
     pub(super) fn tell(&mut self, report: Value) {
         for client in self.waiting.drain(..) {
-            // it may be gone
+            // the client may have gone
             let _ = client.send(Update::Ended(report.clone()));
         }
         self.last = Some(report);
     }
 }
 
-/// Waits for the end of a migration or a snapshot, or until it is in doubt.
+/// Waits until a migration or a snapshot has ended or is in doubt. Returns its report.
 pub(super) fn await_end(
     updates: mpsc::Receiver<Update>,
     wanted: bool,

@@ -1,4 +1,5 @@
-//! What a user asks of the migration or snapshot that is under way, and what others are told of it.
+//! Requests of users to the migration or snapshot under way, and the answers about it to other
+//! requests.
 
 use super::*;
 
@@ -6,7 +7,7 @@ use super::*;
 pub(super) struct UnderWay {
     /// The strategy; `None` for a snapshot.
     pub(super) strategy: Option<String>,
-    /// Where it goes: an address, or a file.
+    /// The target: an address, or a file.
     pub(super) to: String,
     pub(super) since: Instant,
     /// The bandwidth limit of a migration.
@@ -28,13 +29,14 @@ impl UnderWay {
     }
 }
 
-/// Bits a second; null for no limit.
+/// Returns the bandwidth in bits per second, or null for no limit.
 pub(super) fn bandwidth_to_json(bandwidth: Bandwidth) -> Value {
     bandwidth.bits_per_second().map_or(Value::Null, |bits| json!(bits))
 }
 
 impl State {
-    /// Why `wish` cannot be granted now: what this minivmm does, and what the user can do about it.
+    /// Returns why the request `wish` is refused now: what this minivmm does, and what the user can
+    /// do about it.
     pub(super) fn busy(&self, wish: &str) -> String {
         let Some(under_way) = &self.under_way else { return format!("{wish}: this minivmm is {}", self.role.name()) };
         let progress = self.progress.as_ref();
@@ -56,7 +58,7 @@ impl State {
         format!("{wish}: {text}{stage}; {next}")
     }
 
-    /// The bandwidth limit of the migration under way, for its progress and its report.
+    /// Returns the bandwidth limit of the migration under way, for its progress and its report.
     pub(super) fn bandwidth(&self) -> Value {
         let limiter = self.under_way.as_ref().and_then(|under_way| under_way.limiter.as_ref());
         limiter.map_or(Value::Null, |limiter| bandwidth_to_json(limiter.bandwidth()))
@@ -64,8 +66,8 @@ impl State {
 }
 
 impl Instance {
-    /// The VM, if it is here, whether or not it is about to leave. The machine itself refuses what
-    /// comes too late.
+    /// Returns the VM if it is here, even if it is about to leave. The machine itself refuses
+    /// requests that come too late.
     pub(super) fn not_gone(&self, wish: &str) -> Result<Arc<Machine>, String> {
         let state = self.lock();
         match (state.role, &state.machine) {
@@ -88,8 +90,8 @@ impl Instance {
         })
     }
 
-    /// Asks the migration under way, again after each of its phases as long as it is too early
-    /// (`None`).
+    /// Sends a request to the migration under way. If `ask` returns `None`, the request is too
+    /// early, and it is repeated after each phase of the migration.
     fn when_ready(
         &self,
         wish: &str,
@@ -100,14 +102,15 @@ impl Instance {
             let controller = state.controller.as_ref().ok_or_else(|| format!("{wish}: no migration is under way"))?;
             match ask(controller) {
                 Some(Ok(())) => return Ok(json!({"asked": true})),
-                // the next phase tells, or the end
+                // the next phase of the migration, or its end, wakes this thread
                 None => state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner()),
                 Some(Err(why)) => return Err(format!("{wish}: {why}")),
             }
         }
     }
 
-    /// Changes the limits of what is under way: all that are given, or none.
+    /// Changes the limits of the migration or snapshot under way. Changes all that are given, or
+    /// none.
     pub(super) fn tune(&self, bandwidth: Option<u64>, downtime_limit: Option<Duration>) -> Result<Value, String> {
         let mut state = self.lock();
         let (Some(controller), Some(under_way)) = (&state.controller, &state.under_way) else {
@@ -123,7 +126,7 @@ impl Instance {
             limiter.set_bandwidth(Bandwidth::from_bits_per_second(bits));
         }
         if let (Some(limit), Some(progress)) = (downtime_limit, &mut state.progress) {
-            // the next progress has it, too
+            // the next progress report will contain the new limit, too
             progress.downtime_limit = limit;
         }
         let limit = downtime_limit.or(state.progress.as_ref().map(|p| p.downtime_limit));

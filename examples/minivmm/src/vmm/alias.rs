@@ -1,4 +1,4 @@
-//! Guest RAM as the type that rust-vmm's crates take. The only unsafe code of minivmm.
+//! Guest RAM as the type that rust-vmm's crates take. This is the only unsafe code of minivmm.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use migration_core::GuestRam;
 use migration_kvm::tracker::{GuestSlots, MAX_SLOT_BYTES, SlotError};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
-/// The same memory as a `GuestMemoryMmap`, for as long as it is borrowed. For loading a kernel,
+/// The same memory as a `GuestMemoryMmap`, for as long as it is borrowed. Used to load a kernel
 /// before the guest runs.
 pub(super) struct Alias<'a> {
     memory: GuestMemoryMmap,
@@ -36,11 +36,12 @@ impl<'a> Alias<'a> {
     }
 }
 
-/// In tests, the most bytes of a memory slot: small VMs then have many.
+/// The environment variable with which tests limit the bytes of a memory slot, so that small VMs
+/// have many slots.
 const SLOT_SIZE: &str = "MINIVMM_SLOT_SIZE";
 
-/// Gives all of guest RAM to a new VM, in memory slots that KVM sets without holding a core for
-/// long.
+/// Gives all of guest RAM to a new VM, in memory slots so small that KVM does not occupy a core for
+/// long when it sets one.
 pub(super) fn install_slots(vm: &VmFd, ram: Arc<dyn GuestRam>) -> Result<Arc<GuestSlots>, String> {
     let most = match std::env::var(SLOT_SIZE) {
         Ok(size) => minivmm_client::values::size(&size).map_err(|why| format!("{SLOT_SIZE}: {why}"))?,
