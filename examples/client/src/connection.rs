@@ -15,73 +15,74 @@ use thiserror::Error;
 
 use crate::{Answer, Request};
 
-/// Why a request has no result. What it displays does not repeat its cause.
+/// The reason why a request has no result. The text does not repeat the cause.
 #[derive(Debug, Error)]
 pub enum AskError {
     /// The socket cannot be connected to, written or read.
     #[error("control socket {}", path.display())]
     Socket {
-        /// The socket.
+        /// The path of the socket.
         path: PathBuf,
-        /// What failed.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// The server shows no sign of life. What was asked for may still happen.
+    /// The server shows no sign of life. The requested action may still happen.
     #[error(
         "the minivmm at {} does not answer within {patience:?}: it may be stopped or stuck; what was asked for may still \
          happen (--answer-timeout sets how long to wait)",
         path.display()
     )]
     Silent {
-        /// The socket.
+        /// The path of the socket.
         path: PathBuf,
-        /// How long it was waited for.
+        /// The time for which the client has waited.
         patience: Duration,
     },
-    /// The server has closed the connection. What was asked for may still happen.
+    /// The server has closed the connection. The requested action may still happen.
     #[error("{} closed the connection without an answer", path.display())]
     Closed {
-        /// The socket.
+        /// The path of the socket.
         path: PathBuf,
     },
-    /// The server's line is no answer of a minivmm.
+    /// The server's line is not an answer of a minivmm.
     #[error("answer of {}", path.display())]
     Answer {
-        /// The socket.
+        /// The path of the socket.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The error in the line.
         source: serde_json::Error,
     },
     /// The request cannot be written as JSON: a path in it is not Unicode.
     #[error(transparent)]
     Request(serde_json::Error),
-    /// The server has refused the request, or has failed: the reason in its own words.
+    /// The server has refused the request, or has failed. Contains the server's reason.
     #[error("{0}")]
     Failed(String),
 }
 
-/// For programs whose errors are texts.
+/// Returns the text, for programs whose errors are texts.
 impl From<AskError> for String {
     fn from(error: AskError) -> Self {
         describe(error)
     }
 }
 
-/// Sends a request and returns the result, whenever it comes. `progress` is called for each line of
-/// progress before it.
+/// Sends a request and returns the result, however long it takes. Calls `progress` for each line of
+/// progress before the result.
 ///
 /// # Errors
-/// See [`AskError`].
+/// Returns an error in the cases of [`AskError`].
 pub fn ask(path: &Path, request: &Request, mut progress: impl FnMut(&Value)) -> Result<Value, AskError> {
     let server = UnixStream::connect(path).map_err(|source| AskError::Socket { path: path.to_owned(), source })?;
     converse(path, server, request, None, &mut |value| value.into_iter().for_each(&mut progress))
 }
 
-/// As [`ask`], of a server that shows signs of life: one that is stopped or stuck is given up after
-/// `patience`. `alive` is called for each line before the last one; some have progress.
+/// Sends a request as [`ask`] does, to a server that shows signs of life. Returns an error if the
+/// server shows none for `patience`, because it is stopped or stuck. Calls `alive` for each line
+/// before the last one, with the progress if the line has any.
 ///
 /// # Errors
-/// See [`AskError`].
+/// Returns an error in the cases of [`AskError`].
 pub fn ask_within(
     path: &Path,
     request: &Request,
@@ -95,24 +96,25 @@ pub fn ask_within(
     converse(path, server, request, Some(patience), alive)
 }
 
-/// How long another minivmm may show no sign of life when a VM's process asks it something.
+/// The longest time without a sign of life of another minivmm, for a request of a process that has
+/// a VM.
 const PEER_PATIENCE: Duration = Duration::from_secs(10);
 
-/// As [`ask`], of another minivmm, by a process that has a VM: one that is stopped is given up
-/// after 10 s.
+/// Sends a request as [`ask`] does, to another minivmm, from a process that has a VM. Returns an
+/// error if the other minivmm shows no sign of life for 10 s, because it is stopped.
 ///
 /// # Errors
-/// See [`AskError`].
+/// Returns an error in the cases of [`AskError`].
 pub fn ask_peer(path: &Path, request: &Request) -> Result<Value, AskError> {
     ask_within(path, request, PEER_PATIENCE, &mut |_| {})
 }
 
-/// Connects. Connecting waits while too many others do that the server has not accepted, and has no
-/// time-out of its own.
+/// Connects to a socket within `patience`. Connecting waits while the server has not accepted too
+/// many other clients, and has no time-out of its own.
 fn connect_within(path: &Path, patience: Duration) -> io::Result<UnixStream> {
     let (tx, rx) = mpsc::channel();
     let socket = path.to_owned();
-    // a thread that comes too late goes with this process
+    // a thread that connects too late ends with this process
     thread::Builder::new().name("connect".into()).spawn(move || tx.send(UnixStream::connect(socket)))?;
     rx.recv_timeout(patience).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
@@ -130,14 +132,15 @@ fn converse(
         None => AskError::Socket { path: path.to_owned(), source },
     };
     let line = request.line(patience.is_some() && request.takes_long()).map_err(AskError::Request)?;
-    // zero would be refused as an argument
+    // a time-out of zero would be refused
     let bound = |left: Duration| Some(left.max(Duration::from_millis(1)));
     server.set_write_timeout(patience.and_then(bound)).map_err(context)?;
     server.write_all(&line).map_err(context)?;
     let began = Instant::now();
     let mut server = BufReader::new(server);
     loop {
-        // a short request is answered in time; during a long one no silence lasts longer than that
+        // A short request must be answered within `patience`. During a long one, no silence may be
+        // longer than that.
         let left = patience.map(|most| if request.takes_long() { most } else { most.saturating_sub(began.elapsed()) });
         server.get_ref().set_read_timeout(left.and_then(bound)).map_err(context)?;
         let mut line = String::new();

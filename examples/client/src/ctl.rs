@@ -1,4 +1,5 @@
-//! `minivmm ctl`: asks a running minivmm, and shows the answer to a person or a program.
+//! `minivmm ctl`: sends a command to a running minivmm, and shows the answer to a person or a
+//! program.
 
 mod args;
 
@@ -54,7 +55,7 @@ pub fn run(ctl: &Ctl) -> u8 {
             Err(error) => usage(ctl.json, &error.to_string()),
         },
         CtlCommand::Recover(args) => {
-            // the server connects: its working directory may be another one
+            // the server connects, and its working directory may differ
             let to = match absolute_address(&args.to) {
                 Ok(to) => to,
                 Err(error) => return usage(ctl.json, &error.to_string()),
@@ -111,7 +112,7 @@ fn request(command: &CtlCommand) -> Result<Request, InvalidValue> {
         CtlCommand::Adopt => Request::Adopt,
         CtlCommand::Quit => Request::Quit,
         CtlCommand::Memory(m) => {
-            // the server writes the file: its working directory may be another one
+            // the server writes the file, and its working directory may differ
             let out = absolute(&m.out)?;
             Request::Memory { gpa: m.gpa, len: m.len, out }
         }
@@ -122,7 +123,7 @@ fn request(command: &CtlCommand) -> Result<Request, InvalidValue> {
         CtlCommand::SwitchOver => Request::SwitchOver,
         CtlCommand::ResidentLimit { limit } => Request::ResidentLimit { limit: *limit },
         CtlCommand::Tune(args) => Request::Tune {
-            // as in a migration's request
+            // 0 means no limit, as in the request of a migration
             bandwidth_bits: args.bandwidth.map(|bandwidth| bandwidth.bits_per_second().unwrap_or(0)),
             downtime_limit_us: args.downtime_limit.map(micros),
         },
@@ -131,7 +132,7 @@ fn request(command: &CtlCommand) -> Result<Request, InvalidValue> {
 }
 
 fn plan(args: &Refresh) -> Result<Plan, InvalidValue> {
-    // as above
+    // the server starts the program, and its working directory may differ
     let exec = args.exec.as_ref().map(absolute).transpose()?;
     let every = args.every.map(|time| Trigger::Every(micros(time)));
     Ok(Plan { exec, trigger: every.or(args.when.clone()) })
@@ -139,7 +140,7 @@ fn plan(args: &Refresh) -> Result<Plan, InvalidValue> {
 
 fn snapshot_request(args: &Snapshot) -> Result<SnapshotRequest, InvalidValue> {
     Ok(SnapshotRequest {
-        // as for `memory`
+        // the server writes the file, and its working directory may differ
         out: absolute(&args.out)?,
         downtime_limit: args.downtime_limit,
         timeout: args.timeout,
@@ -150,7 +151,7 @@ fn snapshot_request(args: &Snapshot) -> Result<SnapshotRequest, InvalidValue> {
 
 fn migrate_request(args: &Migrate) -> Result<MigrateRequest, InvalidValue> {
     Ok(MigrateRequest {
-        // the server connects: its working directory may be another one
+        // the server connects, and its working directory may differ
         to: absolute_address(&args.to)?,
         strategy: args.strategy,
         streams: args.streams,
@@ -167,7 +168,7 @@ fn migrate_request(args: &Migrate) -> Result<MigrateRequest, InvalidValue> {
         impact: args.guest_impact,
         fail_safe: args.fail_safe.clone(),
         checksum: args.checksum,
-        // the server reads the keys
+        // the server reads the keys, and its working directory may differ
         encryption: args.encryption.absolute()?,
         page_stores: page_stores(args)?,
         progress: args.progress,
@@ -180,26 +181,27 @@ fn page_stores(args: &Migrate) -> Result<PageStoreOptions, InvalidValue> {
         return Err(InvalidValue::new("--through and --gather-rate are options of --strategy scatter-gather".into()));
     }
     Ok(PageStoreOptions {
-        // the server opens them
+        // the server opens the stores, and its working directory may differ
         stores: args.stores.iter().map(StoreSpec::absolute).collect::<Result<_, _>>()?,
         through: args.through.clone(),
         gather_rate: args.gather_rate,
     })
 }
 
-/// Exit status of a command that was interrupted by SIGINT, as shells have it.
+/// The exit status of a command that was interrupted by SIGINT, as shells define it.
 const INTERRUPTED: u8 = 130;
 
-/// The minivmm that is asked, and how its answers are shown.
+/// The minivmm that gets the requests, and the form in which its answers are shown.
 struct Server<'a> {
     socket: &'a Path,
-    /// How long it may show no sign of life.
+    /// The longest time without a sign of life of the server.
     patience: Duration,
     as_json: bool,
 }
 
 impl Server<'_> {
-    /// Sends a request that ends when a migration or a snapshot (`what`) does, and tells how.
+    /// Sends a request that ends when a migration or a snapshot (`what`) does, and shows the
+    /// result. Returns the exit status.
     fn wait_for_end(&self, request: &Request, what: &'static str, strategy: &str, progress: bool) -> u8 {
         let begun = Arc::new(AtomicBool::new(false));
         if let Err(why) = self.say_what_goes_on(what, strategy, begun.clone()) {
@@ -234,11 +236,11 @@ impl Server<'_> {
         }
     }
 
-    /// From here on SIGINT ends this command with a word about what goes on without it.
+    /// Makes SIGINT end this command with a message about what continues without the command.
     fn say_what_goes_on(&self, what: &'static str, strategy: &str, begun: Arc<AtomicBool>) -> Result<(), String> {
         let mut signals = SigSet::empty();
         signals.add(Signal::SIGINT);
-        // threads that are started from here on inherit that
+        // threads that are started from here on inherit the blocked signal
         signals.thread_block().map_err(|e| format!("SIGINT: {e}"))?;
         let socket = self.socket.display().to_string();
         let (as_json, mut report) = (self.as_json, report::not_begun(strategy, ""));
@@ -266,10 +268,10 @@ impl Server<'_> {
     }
 }
 
-/// Progress on stderr: a bar on a terminal, a line now and then elsewhere.
+/// Progress on stderr: a bar on a terminal, or occasional lines elsewhere.
 struct Bar(Option<ProgressBar>);
 
-/// Steps of the whole bar.
+/// The number of steps of the whole bar.
 const STEPS: u64 = 1000;
 
 impl Bar {
@@ -305,12 +307,13 @@ impl Bar {
     }
 }
 
-/// What is shown of a migration's progress. A figure that is not known is a dash.
+/// Returns the text that shows a migration's progress. An unknown figure is a dash.
 fn progress_line(p: &Value) -> String {
     let number = |key: &str| p[key].as_f64().map_or("-".to_owned(), |n| format!("{n:.0}"));
     let ms =
         |key: &str| p[key].as_f64().map(|ms| if ms < 10.0 { format!("{ms:.1} ms") } else { format!("{ms:.0} ms") });
-    // in the first round nobody knows how fast the guest writes: only what nothing can shorten
+    // in the first round the guest's write rate is unknown, so only the part that nothing can
+    // shorten is shown
     let downtime = match (ms("expected_downtime_ms"), ms("least_downtime_ms")) {
         (Some(expected), _) => expected,
         (None, Some(least)) => format!("- (at least {least})"),
@@ -332,7 +335,7 @@ pub fn lines(value: &Value) -> String {
         match value {
             Value::Object(map) => {
                 let prefix = if name.is_empty() { name } else { name + "." };
-                // the process at the socket may be any
+                // the process at the socket may be any program
                 map.iter().for_each(|(key, value)| add(rows, format!("{prefix}{}", Escaped(key)), value));
             }
             Value::String(text) => rows.push((name, Escaped(text).to_string())),
@@ -359,7 +362,7 @@ mod tests {
             "expected_downtime_ms": 12.4, "least_downtime_ms": 3.25, "eta_ms": null});
         let shown = "round 2 · 812 Mbit/s · dirty 100/s · throttle 20 % · downtime 12 ms · left -";
         assert_eq!(progress_line(&later), shown);
-        // a server of an earlier build
+        // progress from a server of an earlier build
         assert!(progress_line(&json!({"round": 1})).ends_with("downtime - · left -"));
     }
 }

@@ -18,7 +18,7 @@ use crate::values::{self, InvalidValue};
 /// The reason why a migration cannot be encrypted as its options demand.
 #[derive(Debug, Error)]
 pub enum EncryptionError {
-    /// The options do not go together.
+    /// The options contradict each other.
     #[error("{0}")]
     Options(&'static str),
     /// A key cannot be read or made.
@@ -26,14 +26,14 @@ pub enum EncryptionError {
     Key(KeyError),
 }
 
-/// For programs whose errors are texts.
+/// Returns the text, for programs whose errors are texts.
 impl From<EncryptionError> for String {
     fn from(error: EncryptionError) -> Self {
         describe(error)
     }
 }
 
-/// How a migration is encrypted.
+/// The encryption of a migration.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Encrypt {
@@ -108,7 +108,7 @@ impl Encryption {
     /// ensure it.
     ///
     /// # Errors
-    /// Fails with [`EncryptionError::Options`] if they are not.
+    /// Returns [`EncryptionError::Options`] if they are not.
     pub fn check(&self) -> Result<(), EncryptionError> {
         let refused = |why| Err(EncryptionError::Options(why));
         let keys = self.psk_file.is_some() || self.static_key.is_some() || self.tls_dir.is_some();
@@ -124,7 +124,7 @@ impl Encryption {
     /// Returns the same options for another process, whose working directory may differ.
     ///
     /// # Errors
-    /// Fails if the working directory does not exist any more.
+    /// Returns an error if the working directory does not exist any more.
     pub fn absolute(&self) -> Result<Self, InvalidValue> {
         let absolute = |path: &Option<PathBuf>| path.as_ref().map(values::absolute).transpose();
         Ok(Self {
@@ -153,11 +153,11 @@ impl Encryption {
     }
 
     /// Reads the keys and returns the settings for secure channels, or `None` without encryption.
-    /// `peer` is the destination's address, for whose host its certificate must be; it is `None` at
-    /// the destination.
+    /// `peer` is the destination's address. The destination's certificate must be for the host in
+    /// it. `peer` is `None` at the destination.
     ///
     /// # Errors
-    /// Fails if the options are inconsistent or a key cannot be read.
+    /// Returns an error if the options are inconsistent or a key cannot be read.
     pub fn security(&self, peer: Option<&Address>) -> Result<Option<Security>, EncryptionError> {
         self.check()?;
         let suites = match self.encrypt {
@@ -201,7 +201,7 @@ pub fn secured(session: Option<&SourceSession>, link: Box<dyn Connector>) -> Box
 /// Runs `minivmm keygen`. Returns the exit status.
 ///
 /// # Errors
-/// Fails if the files cannot be written.
+/// Returns an error if the files cannot be written.
 pub fn keygen(args: &Keygen) -> Result<u8, EncryptionError> {
     let public = keys::generate(&args.out).map_err(EncryptionError::Key)?;
     out!("public {public}");

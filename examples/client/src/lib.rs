@@ -1,5 +1,5 @@
-//! The client's side of a running minivmm: what it can be asked, how it answers, and how a command
-//! line writes that.
+//! The client's side of a running minivmm: the requests, the answers, and their form on a command
+//! line.
 //!
 //! A minivmm serves a Unix socket (`--control SOCK`). A client writes one [`Request`] as a line of
 //! JSON and reads lines of JSON until the last one. [`ask`] does that:
@@ -28,7 +28,7 @@
 //! | [`mod@log`] | stdout and stderr of a process that must not wait for them |
 //! | [`whole_file`] | files that appear when they are complete |
 #![forbid(unsafe_code)]
-// a process that has a VM must not wait for its log, nor end with it
+// a process that has a VM must neither wait for its log nor end because of it
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
 #[macro_use]

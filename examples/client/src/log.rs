@@ -1,19 +1,18 @@
 //! Everything that a minivmm writes to stdout and stderr.
 //!
-//! A process that has a VM must not wait for whoever reads its log, and must not end because nobody
-//! does. So lines go into a queue with a bound, and one thread writes them, which may wait for a
-//! pipe for ever. What does not fit, or cannot be written, is dropped and counted, and the next
-//! line that can be written says how many there were.
+//! A process that has a VM must not wait for the reader of its log, and must not end because there
+//! is no reader. So lines go into a bounded queue, and one thread writes them. That thread may wait
+//! for a pipe without limit. A line that does not fit, or cannot be written, is dropped and
+//! counted. The next line that can be written reports the number of dropped lines.
 //!
-//! - `log!` and `note!` write a line to stderr through the queue, the first with `minivmm: ` before
-//!   it.
+//! - `log!` and `note!` write a line to stderr through the queue. `log!` puts `minivmm: ` before
+//!   the line.
 //! - [`announce`] writes a line to stdout through a queue of its own, for processes that have a VM
 //!   or keep its RAM.
-//! - `out!` and [`print()`] write to stdout here and now, for commands that have nothing else to
-//!   do.
+//! - `out!` and [`print()`] write to stdout immediately, for commands that have nothing else to do.
 //!
-//! Lines on stderr are escaped whole: what a peer says begins no line and steers no terminal. Text
-//! for stdout is escaped where it is made for people, and is JSON elsewhere.
+//! Lines on stderr are escaped as a whole, so that text of a peer cannot begin a line or control a
+//! terminal. Text for stdout is escaped where it is made for people, and is JSON elsewhere.
 
 use std::{
     backtrace::{Backtrace, BacktraceStatus},
@@ -39,9 +38,10 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 
-/// Most bytes that wait to be written: a burst of thousands of lines, and little beside a VM.
+/// The most bytes that wait to be written: a burst of thousands of lines, and little compared to a
+/// VM.
 const MAX_BYTES: usize = 256 << 10;
-/// How long the end of the process waits for what is queued.
+/// The longest time that the end of the process waits for queued lines.
 const LAST_LINES: Duration = Duration::from_secs(2);
 
 /// Writes a line to stderr, with `minivmm: ` before it. Never waits, never panics.
@@ -50,28 +50,28 @@ macro_rules! log {
     ($($text:tt)*) => { $crate::log::line("minivmm: ", format_args!($($text)*)) };
 }
 
-/// Writes a line to stderr as it is: progress of a command. Never waits, never panics.
+/// Writes a line of a command's progress to stderr, without a prefix. Never waits, never panics.
 #[macro_export]
 macro_rules! note {
     ($($text:tt)*) => { $crate::log::line("", format_args!($($text)*)) };
 }
 
-/// Writes a line to stdout, of a command that has no VM. Never panics.
+/// Writes a line to stdout, for a command that has no VM. Never panics.
 #[macro_export]
 macro_rules! out {
     ($($text:tt)*) => { $crate::log::print(&format!("{}\n", format_args!($($text)*))) };
 }
 
-/// Stdout takes nothing any more: its reader has gone, or it failed.
+/// Whether stdout accepts no more output, because its reader has gone or a write failed.
 static STDOUT_CLOSED: AtomicBool = AtomicBool::new(false);
-/// Something could not be written to stdout, and its reader has not gone.
+/// Whether a write to stdout failed although its reader has not gone.
 static STDOUT_FAILED: AtomicBool = AtomicBool::new(false);
 
 static STDERR: Queue = Queue::new(Sink::Stderr);
 static STDOUT: Queue = Queue::new(Sink::Stdout);
 
-/// Readies stdout and stderr of a process that is to have a VM: the threads that write are there
-/// before it has anything to say, and a thread that panics does not wait for a pipe.
+/// Prepares stdout and stderr of a process that will have a VM. The writing threads exist before
+/// there is a line to write, and a thread that panics does not wait for a pipe.
 pub fn start() {
     STDERR.start(&mut STDERR.lock());
     STDOUT.start(&mut STDOUT.lock());
@@ -104,8 +104,8 @@ pub fn announce(text: String) {
     STDOUT.push(text);
 }
 
-/// Writes text to stdout. A reader that has gone does not miss it; any other failure is said once,
-/// and makes the status that [`finish`] returns one of failure.
+/// Writes text to stdout. If the reader has gone, the text is dropped. Any other failure is logged
+/// once, and makes [`finish`] return a status of failure.
 pub fn print(text: &str) {
     if !STDOUT_CLOSED.load(Ordering::Relaxed)
         && let Err(error) = write_all(&io::stdout(), text.as_bytes())
@@ -114,17 +114,17 @@ pub fn print(text: &str) {
     }
 }
 
-/// What follows from a failure to write to stdout.
+/// Records a failure to write to stdout.
 pub fn stdout_failed(error: Errno) {
     STDOUT_CLOSED.store(true, Ordering::Relaxed);
-    // who has closed a pipe does not want the rest, as `head`
+    // a reader that closes the pipe, such as `head`, does not want the rest
     if error != Errno::EPIPE && !STDOUT_FAILED.swap(true, Ordering::Relaxed) {
         log!("stdout: {}", io::Error::from(error));
     }
 }
 
-/// Waits a moment for what is queued, at the end of the process; the status to end with. A command
-/// whose `output_counts` has not done its work if stdout failed.
+/// Waits a short time for queued lines at the end of the process. Returns the exit status, which
+/// becomes 1 if stdout failed and `output_counts` says that the output is the command's work.
 pub fn finish(status: u8, output_counts: bool) -> u8 {
     let deadline = Instant::now() + LAST_LINES;
     STDOUT.flush(deadline);
@@ -132,7 +132,7 @@ pub fn finish(status: u8, output_counts: bool) -> u8 {
     if output_counts && status == 0 && STDOUT_FAILED.load(Ordering::Relaxed) { 1 } else { status }
 }
 
-/// Where lines go.
+/// The target of lines.
 enum Sink {
     Stdout,
     Stderr,
@@ -141,7 +141,7 @@ enum Sink {
 }
 
 impl Sink {
-    /// Writes all of it, or fails; may wait for ever.
+    /// Writes all bytes, or fails. May wait without limit.
     fn write(&self, bytes: &[u8]) -> Result<(), Errno> {
         match self {
             Self::Stderr => write_all(&io::stderr(), bytes),
@@ -151,7 +151,7 @@ impl Sink {
         }
     }
 
-    /// Returns whether a write would not wait, more or less.
+    /// Returns whether a write would probably not wait.
     fn is_ready(&self) -> bool {
         match self {
             Self::Stderr => wait_writable(&io::stderr(), PollTimeout::ZERO),
@@ -167,15 +167,15 @@ fn wait_writable(file: &impl AsFd, timeout: PollTimeout) -> bool {
     poll(&mut fds, timeout).is_ok_and(|ready| ready > 0)
 }
 
-/// Writes without the standard library's locks and buffers: a thread that waits here keeps nobody
-/// else waiting.
+/// Writes all bytes without the locks and buffers of the standard library, so that a thread that
+/// waits here delays no other thread.
 fn write_all(file: &impl AsFd, mut bytes: &[u8]) -> Result<(), Errno> {
     while !bytes.is_empty() {
         match nix::unistd::write(file, bytes) {
             Ok(0) => return Err(Errno::EIO),
             Ok(written) => bytes = &bytes[written..],
             Err(Errno::EINTR) => {}
-            // somebody else has made it so that it does not wait
+            // another process has made the file non-blocking
             Err(Errno::EAGAIN) => drop(wait_writable(file, PollTimeout::NONE)),
             Err(error) => return Err(error),
         }
@@ -183,7 +183,7 @@ fn write_all(file: &impl AsFd, mut bytes: &[u8]) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Text that waits, and how many lines are lost if it is.
+/// Text that waits, and the number of lines that are lost if the text is lost.
 struct Entry {
     text: String,
     lines: u64,
@@ -198,13 +198,13 @@ impl Entry {
 struct Waiting {
     entries: VecDeque<Entry>,
     bytes: usize,
-    /// Lines that were dropped and of which nothing is said yet.
+    /// The number of lines that were dropped and are not reported yet.
     dropped: u64,
-    /// The last write failed.
+    /// Whether the last write failed.
     failing: bool,
-    /// An entry is being written.
+    /// Whether an entry is being written.
     busy: bool,
-    /// There is a thread that writes.
+    /// Whether there is a writing thread.
     writer: bool,
 }
 
@@ -214,8 +214,8 @@ impl Waiting {
         self.entries.push_back(entry);
     }
 
-    /// Returns the next text to write. Lines that were lost are mentioned with the next one, or
-    /// when there is none, unless it is known that this cannot be written.
+    /// Returns the next text to write. After a failed write, a report of the lost lines precedes
+    /// the next line. If no line waits, the report is written alone, unless the last write failed.
     fn next(&mut self) -> Option<Entry> {
         let next = self.entries.pop_front();
         self.bytes -= next.as_ref().map_or(0, |entry| entry.text.len());
@@ -246,7 +246,7 @@ impl Queue {
     }
 
     fn lock(&self) -> MutexGuard<'_, Waiting> {
-        // nothing that could panic happens under it but an allocation
+        // only an allocation could panic while the lock is held
         self.waiting.lock().unwrap_or_else(|e| e.into_inner())
     }
 
@@ -268,7 +268,7 @@ impl Queue {
         self.changed.notify_all();
     }
 
-    /// Starts the thread that writes, unless it runs. Without one, lines wait for the end of the
+    /// Starts the writing thread, unless it runs. Without the thread, lines wait for the end of the
     /// process.
     fn start(&'static self, waiting: &mut Waiting) {
         if !waiting.writer {
@@ -276,7 +276,7 @@ impl Queue {
         }
     }
 
-    /// The thread that writes.
+    /// Runs the writing thread.
     fn write(&self) {
         let mut waiting = self.lock();
         loop {
@@ -291,7 +291,7 @@ impl Queue {
         }
     }
 
-    /// Writes what is next; whether there was something.
+    /// Writes the next text. Returns whether there was one.
     fn write_next(&self, mut waiting: MutexGuard<'_, Waiting>) -> bool {
         let Some(entry) = waiting.next() else { return false };
         waiting.busy = true;
@@ -308,11 +308,11 @@ impl Queue {
         true
     }
 
-    /// Waits until everything is written, or for so long.
+    /// Waits until everything is written, or until `deadline`.
     fn flush(&self, deadline: Instant) {
         let mut waiting = self.lock();
         while !waiting.writer && !waiting.entries.is_empty() && self.sink.is_ready() {
-            // no thread could be had
+            // no thread could be started
             self.write_next(waiting);
             waiting = self.lock();
         }
@@ -326,7 +326,7 @@ impl Queue {
     }
 }
 
-/// Logs the warnings of what needs an observer for nothing else.
+/// Logs warnings. For components that need an observer for nothing else.
 #[derive(Debug)]
 pub struct Logged;
 
@@ -344,7 +344,7 @@ mod tests {
 
     use super::*;
 
-    /// What a sink does with a line, and what it has taken.
+    /// The behaviour of a test sink, and the lines that it has accepted.
     struct Pretended {
         state: Mutex<(Mode, Vec<String>)>,
         changed: Condvar,
@@ -397,7 +397,7 @@ mod tests {
         let sent = 3 * MAX_BYTES as u64 / 1024;
         (0..sent).for_each(|_| QUEUE.push(line.clone()));
         assert!(QUEUE.lock().bytes <= MAX_BYTES);
-        // the end of the process does not wait for ever either
+        // the end of the process does not wait without limit either
         QUEUE.flush(Instant::now());
         PIPE.become_(Mode::Takes);
         QUEUE.flush(generous());
@@ -412,11 +412,12 @@ mod tests {
         assert_eq!(taken.last().unwrap(), "the next one");
     }
 
-    /// The pipe takes one line after lines were dropped: what is said of those needs room as well.
+    /// The pipe accepts one line after lines were dropped. The report of those lines needs room,
+    /// too.
     #[test]
     fn what_is_said_of_dropped_lines_needs_room_too() {
         static QUEUE: Queue = Queue::new(Sink::Stderr);
-        // nobody writes
+        // no thread writes
         QUEUE.lock().writer = true;
         let waiting = || {
             let waiting = QUEUE.lock();

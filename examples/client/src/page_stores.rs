@@ -1,4 +1,4 @@
-//! Page stores, as command lines and requests name them.
+//! Page stores as command lines and requests name them.
 
 use std::{fmt, str::FromStr};
 
@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::values::{self, InvalidValue, absolute};
 
-/// A page store as a user writes it, `NAME=URL`: the text, which may have a password in it, and what
-/// it means.
+/// A page store as a user writes it, `NAME=URL`: the text, which may contain a password, and the
+/// store that the text names.
 ///
 /// ```
 /// use minivmm_client::StoreSpec;
@@ -37,7 +37,7 @@ impl StoreSpec {
     /// Returns the same store for another process, whose working directory may differ.
     ///
     /// # Errors
-    /// Fails if the working directory does not exist any more.
+    /// Returns an error if the working directory does not exist any more.
     pub fn absolute(&self) -> Result<Self, InvalidValue> {
         for scheme in ["file:", "redis+unix:"] {
             let Some((name, rest)) = self.text.split_once('=') else { continue };
@@ -56,7 +56,7 @@ impl FromStr for StoreSpec {
     type Err = InvalidValue;
 
     fn from_str(text: &str) -> Result<Self, InvalidValue> {
-        // the error does not show the text, in which there may be a password
+        // the error does not show the text, which may contain a password
         let store = text.parse().map_err(|error| InvalidValue::new(format!("a page store: {error}")))?;
         Ok(Self { text: text.to_owned(), store })
     }
@@ -68,7 +68,7 @@ impl PartialEq for StoreSpec {
     }
 }
 
-/// Without the text, which may have a password in it.
+/// Leaves out the text, which may contain a password.
 impl fmt::Debug for StoreSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.store.fmt(f)
@@ -89,13 +89,13 @@ impl From<StoreSpec> for String {
     }
 }
 
-/// What a migration does with page stores.
+/// The options of a migration for page stores.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(default)]
 pub struct PageStoreOptions {
-    /// Stores beside those that the server was started with.
+    /// Stores in addition to those that the server was started with.
     pub stores: Vec<StoreSpec>,
-    /// The names of the stores through which pages go; all stores if none is named.
+    /// The names of the stores through which pages go. All stores are used if none is named.
     pub through: Vec<String>,
     /// The most bandwidth with which the destination reads from stores ahead of the guest.
     #[serde(rename = "gather_rate_bits", with = "values::bits")]

@@ -232,8 +232,8 @@ pub(super) enum Huge {
     Split,
 }
 
-/// Checked here, so that an invalid order is a usage error. The control socket transfers it as
-/// text.
+/// Checks a push order, so that an invalid order is a usage error. The control socket transfers the
+/// order as text.
 fn push_order(text: &str) -> Result<String, String> {
     migration_core::strategy::push_order::parse(text).map_err(|e| e.to_string())?;
     Ok(text.to_owned())

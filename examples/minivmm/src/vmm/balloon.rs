@@ -1,25 +1,26 @@
-//! Where the guest says which pages it does not need: a bitmap in its own RAM, and a few ports to
-//! say where that is.
+//! The balloon: a device with which the guest reports the pages that it does not need. The report
+//! is a bitmap in guest RAM, and the guest writes the bitmap's address to a few ports.
 //!
-//! The guest sets the bit of a page that it does not need, and clears it before it uses the page
-//! again. Neither needs an exit: the VMM looks at the bitmap when a migration wants to know, and
-//! only then. For this it is a hint and no more, nothing is done to the pages, so no answer has to
-//! be waited for. A page that the guest takes back just after the look is dirty as soon as it is
-//! written: see [`SourceVm::free_pages`](migration_core::vm::SourceVm::free_pages). The guest's CPU
-//! keeps the two stores in their order, and the word that is read here is read at once.
+//! The guest sets the bit of a page that it does not need, and clears the bit before it uses the
+//! page again. Neither needs an exit: the VMM reads the bitmap only when a migration asks for the
+//! free pages. For a migration the bitmap is only a hint. Nothing is done to the pages, so the
+//! guest need not wait for an answer. A page that the guest takes back just after the bitmap was
+//! read is dirty as soon as the guest writes the page: see
+//! [`SourceVm::free_pages`](migration_core::vm::SourceVm::free_pages). The guest's CPU keeps the
+//! two stores in their order, and the VMM reads each word of the bitmap at once.
 //!
-//! A guest that also wants the host to have the memory writes a range of frames into a slot of its
-//! own, behind the bitmap, and that slot's number to a port. What is free in the range is discarded
-//! before the vCPU goes on, and the guest takes none of it back until then: so no page is discarded
-//! that is in use again. A migration may be under way. What it reads of such a page is zeros
-//! instead of something that nobody needs, and a page that is written after it was discarded is
-//! dirty for every tracker. But a page that comes by post-copy is not discarded behind the pager's
-//! back: as long as pages are missing, nothing is.
+//! A guest that also wants to give the memory to the host writes a range of frames into the slot of
+//! the CPU, which lies after the bitmap, and the number of the slot to a port. The free pages in
+//! the range are discarded before the vCPU continues, and the guest takes none of them back until
+//! then. So no page is discarded that is in use again. A migration may be under way. It then reads
+//! zeros from such a page, instead of contents that nobody needs, and a page that is written after
+//! it was discarded is dirty for every tracker. But a page that arrives by post-copy must not be
+//! discarded without the knowledge of the pager. So nothing is discarded while pages are missing.
 //!
-//! The ports are those of `layout::balloon`. The guest is not trusted: where the bitmap lies and
-//! how long it is are checked against RAM before the device is on, and again when the state arrives
-//! from another host. What is *in* the bitmap can do no harm but to the guest itself, which loses
-//! the contents of pages that it wrongly calls free.
+//! The ports are those of `layout::balloon`. The guest is not trusted: the address and the length
+//! of the bitmap are checked against RAM before the device is on, and again when the state arrives
+//! from another host. The *contents* of the bitmap can harm only the guest itself, which loses the
+//! contents of pages that it wrongly reports as free.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -32,28 +33,29 @@ use migration_core::{
     vm::VmError,
 };
 
-/// Gives the memory of pages back to the host.
+/// A function that gives the memory of pages back to the host.
 pub(super) type Discard = Box<dyn Fn(&[PageRange]) -> Result<(), String> + Send + Sync>;
 
-/// The device.
+/// The balloon device.
 pub(super) struct Balloon {
     ram: Arc<dyn GuestRam>,
     discard: Discard,
     registers: Mutex<Registers>,
-    /// Why memory could not be given back, the last time.
+    /// The reason why memory could not be given back, at the last attempt.
     failure: Mutex<Option<String>>,
 }
 
-/// What the guest has written, and what came of it.
+/// The registers that the guest has written, and the resulting state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Registers {
-    /// Frame number of the bitmap's first page, then the number of frames it is for: little endian.
+    /// The frame number of the bitmap's first page, then the number of frames that the bitmap
+    /// covers: little endian.
     bytes: [u8; 8],
     /// One of the [`ports`]' states.
     state: u8,
 }
 
-/// A bitmap that lies in RAM, bit by bit for the frames from 0 on.
+/// A bitmap in RAM, with one bit for each frame from frame 0 on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Bitmap {
     gpa: u64,
@@ -61,13 +63,13 @@ struct Bitmap {
 }
 
 impl Bitmap {
-    /// Bytes that are looked at for free pages: whole words.
+    /// Returns the number of bytes that are read for free pages: whole words.
     fn bytes(self) -> u64 {
         self.frames.div_ceil(64) * 8
     }
 
-    /// The bits of these frames, whole words of them: the first bit is that of the first frame's
-    /// word.
+    /// Returns the bits of these frames, in whole words. The first bit is the first one of the word
+    /// that contains the bit of the first frame.
     fn read(self, frames: PageRange, ram: &dyn GuestRam) -> Result<PageSet, VmError> {
         let (first, end) = (frames.first / 64, frames.end().min(self.frames).div_ceil(64));
         let mut bytes = vec![0; (end.saturating_sub(first) * 8) as usize];
@@ -81,7 +83,7 @@ impl Bitmap {
         Ok(set)
     }
 
-    /// The pages among these frames that the guest does not need now.
+    /// Returns the pages among these frames that the guest does not need now.
     fn free(self, frames: PageRange, ram: &dyn GuestRam) -> Result<Vec<PageRange>, VmError> {
         let (bits, base) = (self.read(frames, ram)?, frames.first / 64 * 64);
         let (layout, mut free) = (ram.layout(), Vec::new());
@@ -98,8 +100,9 @@ impl Bitmap {
         Ok(free)
     }
 
-    /// What the registers name, if it is good: some frames, none beyond RAM, bitmap and slots in
-    /// one piece of RAM.
+    /// Returns the bitmap that the registers name, or `None` if it is invalid. A bitmap must cover
+    /// at least one frame and none beyond RAM, and the bitmap and the slots must lie in one piece
+    /// of RAM.
     fn check(bytes: [u8; 8], ram: &dyn GuestRam) -> Option<Self> {
         let word = u64::from_le_bytes(bytes);
         let bitmap = Self { gpa: (word & 0xffff_ffff) << PAGE_SHIFT, frames: word >> 32 };
@@ -115,11 +118,11 @@ impl Balloon {
     }
 
     fn lock(&self) -> MutexGuard<'_, Registers> {
-        // a byte each: there is no state in between
+        // each register is one byte, so there is no intermediate state
         self.registers.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// The guest writes a port of the device.
+    /// Handles a write of the guest to a port of the device.
     pub(super) fn write(&self, offset: u16, value: u8) {
         if offset == ports::DISCARD {
             let result = self.discard(value).map_err(|e| e.to_string());
@@ -128,7 +131,7 @@ impl Balloon {
         }
         let registers = &mut *self.lock();
         if let Some(byte) = registers.bytes.get_mut(usize::from(offset)) {
-            // where it looks changes only while it does not look
+            // the address of the bitmap can change only while the device is off
             if registers.state != ports::ON {
                 *byte = value;
             }
@@ -141,7 +144,7 @@ impl Balloon {
         }
     }
 
-    /// The guest reads one.
+    /// Handles a read of the guest from a port of the device.
     pub(super) fn read(&self, offset: u16) -> u8 {
         let registers = self.lock();
         if offset == ports::COMMAND {
@@ -150,7 +153,7 @@ impl Balloon {
         registers.bytes.get(usize::from(offset)).copied().unwrap_or(0xff)
     }
 
-    /// Adds the pages that the guest does not need now.
+    /// Adds the pages that the guest does not need now to `into`.
     pub(super) fn free_pages(&self, into: &mut PageSet) -> Result<(), VmError> {
         if let Some(bitmap) = self.bitmap() {
             let free = bitmap.free(PageRange::new(0, bitmap.frames), &*self.ram)?;
@@ -159,27 +162,27 @@ impl Balloon {
         Ok(())
     }
 
-    /// What is wrong, for the user.
+    /// Returns a warning for the user if memory could not be given back.
     pub(super) fn warning(&self) -> Option<String> {
         let failure = self.failure.lock().unwrap_or_else(|e| e.into_inner());
         failure.as_ref().map(|why| format!("free pages keep their memory: {why}"))
     }
 
-    /// The bitmap, if the guest uses one.
+    /// Returns the bitmap, if the guest uses one.
     fn bitmap(&self) -> Option<Bitmap> {
         let registers = *self.lock();
         if registers.state == ports::ON { Bitmap::check(registers.bytes, &*self.ram) } else { None }
     }
 
-    /// Gives the memory back of what is free in the range that a slot names. A range that makes no
-    /// sense is empty.
+    /// Gives the memory of the free pages in the range of a slot back to the host. An invalid range
+    /// counts as empty.
     fn discard(&self, slot: u8) -> Result<(), VmError> {
         let slot = u64::from(slot);
         let Some(bitmap) = self.bitmap().filter(|_| slot < ports::SLOTS) else { return Ok(()) };
         let mut words = [0; ports::SLOT_SIZE as usize];
         let at = bitmap.gpa + bitmap.bytes() + slot * ports::SLOT_SIZE;
         self.ram.read(at, &mut words).map_err(|e| VmError::because("a slot of the balloon", e))?;
-        // read once: the guest may write there meanwhile
+        // the slot is read once, because the guest may write there meanwhile
         let [first, count] = [0, 8].map(|n| u64::from_le_bytes(std::array::from_fn(|i| words[n + i])));
         if first >= bitmap.frames || count == 0 || count > ports::MAX_DISCARD {
             return Ok(());
@@ -233,7 +236,7 @@ mod tests {
 
     use super::*;
 
-    /// 1 MiB at 0, and 1 MiB at 2 MiB.
+    /// Returns a balloon with 1 MiB of RAM at 0 and 1 MiB at 2 MiB.
     fn balloon_with(discard: Discard) -> Arc<Balloon> {
         let regions = vec![RamRegion { gpa: 0, len: 1 << 20 }, RamRegion { gpa: 2 << 20, len: 1 << 20 }];
         Balloon::new(Arc::new(HeapRam::new(RamLayout::new(regions).unwrap()).unwrap()), discard)
@@ -264,7 +267,7 @@ mod tests {
         assert_eq!(free(&balloon), [0; 0], "off");
         assert_eq!(ask(&balloon, 1, 700), ports::ON);
         assert_eq!(free(&balloon), [0; 0]);
-        // frames 3, 255, 256 (in the hole), 512, 699, 700 (beyond what it is for)
+        // frames 3, 255, 256 (in the hole), 512, 699, 700 (beyond the bitmap)
         for frame in [3u64, 255, 256, 512, 699, 700] {
             let (at, mut byte) = (0x1000 + frame / 8, [0]);
             balloon.ram.read(at, &mut byte).unwrap();
@@ -283,7 +286,7 @@ mod tests {
             assert_eq!(free(&balloon), [0; 0]);
         }
         assert_eq!(ask(&balloon, 255, 768), ports::ON);
-        // what is in use stays where it is
+        // the address of a bitmap that is in use does not change
         balloon.write(0, 7);
         assert_eq!(balloon.read(0), 255);
         assert_eq!(balloon.read(ports::COMMAND), ports::ON);
@@ -312,7 +315,7 @@ mod tests {
         };
         assert_eq!(discard(0, 6, 58), [(6, 6), (63, 1)]);
         assert_eq!(discard(15, 70, 60), [(70, 6), (127, 1)]);
-        // into the hole, out of it, and to the end of RAM
+        // ranges into the hole, out of the hole, and to the end of RAM
         assert_eq!(discard(3, 255, 200), [(255, 1)]);
         assert_eq!(discard(3, 300, 217), [(260, 1)]);
         assert_eq!(discard(3, 767, 4096), [(511, 1)]);

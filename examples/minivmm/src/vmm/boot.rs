@@ -1,4 +1,5 @@
-//! PVH boot: an ELF64 with an entry note, loaded to its physical addresses, and a start-info page.
+//! PVH boot: loads an ELF64 with an entry note to its physical addresses, and writes a start-info
+//! page.
 
 use std::{
     fs::File,
@@ -13,27 +14,27 @@ use migration_core::{GuestRam, RamLayout, codec::Writer};
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
-/// Where the start info lies, with memory map and command line behind it: below the legacy areas,
-/// away from the pages that guests use to start further CPUs.
+/// The address of the start info. The memory map and the command line follow it. These addresses
+/// are below the legacy areas, and away from the pages that guests use to start further CPUs.
 const START_INFO: u64 = 0x6000;
 const MEMORY_MAP: u64 = 0x6100;
 const COMMAND_LINE: u64 = 0x7000;
-/// Longest command line: up to the end of its page.
+/// The longest command line in bytes: up to the end of its page.
 const MAX_COMMAND_LINE: usize = 0xfff;
-/// What start info, memory map and command line take.
+/// The end of start info, memory map and command line.
 const START_INFO_END: u64 = 0x8000;
-/// Bytes of a program header of an ELF64.
+/// The size of a program header of an ELF64, in bytes.
 const PROGRAM_HEADER: usize = 56;
 const PT_LOAD: u64 = 1;
 const PT_NOTE: u64 = 4;
 const PHYS32_ENTRY: usize = 18;
-/// Most bytes of notes that are searched.
+/// The most bytes of notes that are searched.
 const MAX_NOTES: u64 = 1 << 20;
-/// The end of conventional memory; above it a PC has its legacy areas.
+/// The end of conventional memory. Above it a PC has its legacy areas.
 const CONVENTIONAL_END: u64 = 0x9fc00;
 const HIGH_START: u64 = 0x10_0000;
 
-/// A kernel cannot be loaded.
+/// The reason why a kernel cannot be loaded.
 #[derive(Debug, Error)]
 pub(crate) enum BootError {
     #[error("{file}")]
@@ -52,7 +53,7 @@ pub(crate) enum BootError {
     TooSmall,
 }
 
-/// Loads an ELF file into guest RAM; the address of its PVH entry.
+/// Loads an ELF file into guest RAM. Returns the address of its PVH entry.
 pub(crate) fn load_file(path: &Path, ram: &dyn GuestRam, memory: &GuestMemoryMmap) -> Result<u64, BootError> {
     let name = path.display().to_string();
     let failed = |cause| BootError::File { file: name.clone(), cause };
@@ -60,7 +61,8 @@ pub(crate) fn load_file(path: &Path, ram: &dyn GuestRam, memory: &GuestMemoryMma
     load(&name, &mut file, ram, memory)
 }
 
-/// Opens a kernel. It must be a regular file: a FIFO's writer is not waited for.
+/// Opens a kernel. The kernel must be a regular file, because the writer of a FIFO is not waited
+/// for.
 fn open(path: &Path) -> io::Result<File> {
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     if !file.metadata()?.is_file() {
@@ -69,8 +71,9 @@ fn open(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Returns the bytes of RAM from address 0 that a kernel's segments need; 0 of what is no ELF64
-/// that can be loaded, which loading it explains.
+/// Returns the number of bytes of RAM from address 0 that a kernel's segments need. Returns 0 for a
+/// file that is not an ELF64 that can be loaded. The error of loading the file then gives the
+/// reason.
 pub(crate) fn least_memory(path: &Path) -> Result<u64, BootError> {
     let name = path.display().to_string();
     let wrong = |cause| BootError::File { file: name.clone(), cause };
@@ -80,9 +83,9 @@ pub(crate) fn least_memory(path: &Path) -> Result<u64, BootError> {
     Ok(checked.map_or(0, |_| least))
 }
 
-/// Loads an ELF from any source. The crate's loader would take a file of another class or machine,
-/// and a segment that ends beyond RAM: so the headers are checked here first, and what is wrong is
-/// named.
+/// Loads an ELF from any source. Returns the address of its PVH entry. The crate's loader would
+/// accept a file of another class or machine, and a segment that ends beyond RAM. So the headers
+/// are checked here first, and the error names what is wrong.
 pub(crate) fn load<F>(name: &str, file: &mut F, ram: &dyn GuestRam, memory: &GuestMemoryMmap) -> Result<u64, BootError>
 where
     F: io::Read + vm_memory::ReadVolatile + io::Seek,
@@ -95,15 +98,15 @@ where
     Ok(entry)
 }
 
-/// Little-endian number of `N` bytes at `at`; the callers' slices are long enough.
+/// Returns the little-endian number of `N` bytes at `at`. The callers' slices are long enough.
 fn number<const N: usize>(bytes: &[u8], at: usize) -> u64 {
     let mut word = [0; 8];
     word[..N].copy_from_slice(&bytes[at..at + N]);
     u64::from_le_bytes(word)
 }
 
-/// Checks headers and segments, also against the RAM that there is, if it is known; the PVH entry,
-/// if a note names one. `ends` is told where each segment ends.
+/// Checks headers and segments. If `layout` is given, the segments must lie in its RAM. Returns the
+/// PVH entry, if a note names one. Calls `ends` with the end of each segment.
 fn check<F: io::Read + io::Seek>(
     file: &mut F,
     layout: Option<&RamLayout>,
@@ -157,7 +160,8 @@ fn check<F: io::Read + io::Seek>(
                 }
                 segments.push(address..end);
             }
-            // there may be several, with other notes: of the linker, for example
+            // there may be several segments of notes, some with other notes, for example of the
+            // linker
             PT_NOTE if entry.is_none() => {
                 if in_file > MAX_NOTES {
                     return Err(format!("segment {index}: {in_file} bytes of notes, more than {MAX_NOTES}"));
@@ -175,7 +179,7 @@ fn check<F: io::Read + io::Seek>(
     }
 }
 
-/// The entry that a note of XEN_ELFNOTE_PHYS32_ENTRY names. Notes that make no sense end the
+/// Returns the entry that a note of XEN_ELFNOTE_PHYS32_ENTRY names. A malformed note ends the
 /// search.
 fn pvh_entry(mut notes: &[u8]) -> Option<u64> {
     while notes.len() >= 12 {
@@ -191,7 +195,7 @@ fn pvh_entry(mut notes: &[u8]) -> Option<u64> {
     None
 }
 
-/// Writes start info, memory map and command line; the start info's address.
+/// Writes start info, memory map and command line. Returns the address of the start info.
 pub(crate) fn write_start_info(ram: &dyn GuestRam, cmdline: &str) -> Result<u64, BootError> {
     if cmdline.len() > MAX_COMMAND_LINE || cmdline.contains('\0') {
         return Err(BootError::CommandLine(cmdline.len()));
@@ -226,8 +230,8 @@ pub(crate) fn write_start_info(ram: &dyn GuestRam, cmdline: &str) -> Result<u64,
     Ok(START_INFO)
 }
 
-/// The registers of the boot CPU at a PVH entry: 32-bit protected mode, flat segments, paging off,
-/// `ebx` at the start info.
+/// Returns the registers of the boot CPU at a PVH entry: 32-bit protected mode, flat segments,
+/// paging off, and the address of the start info in `ebx`.
 pub(crate) fn entry_state(entry: u64, start_info: u64, sregs: &mut kvm_sregs) -> kvm_regs {
     let flat = |selector, type_| kvm_segment {
         base: 0,

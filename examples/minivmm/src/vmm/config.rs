@@ -1,4 +1,4 @@
-//! What makes a machine, in a form that travels.
+//! The configuration of a machine, in a form that is sent to destinations.
 
 use migration_core::{
     PAGE_SIZE, RamLayout, RamRegion,
@@ -7,15 +7,15 @@ use migration_core::{
 };
 use migration_kvm::{ram::Backing, tracker::TrackerKind};
 
-/// RAM ends here below 4 GiB; the rest lies above 4 GiB.
+/// The end of RAM below 4 GiB. Further RAM lies above 4 GiB.
 const HOLE_START: u64 = 3 << 30;
 const HOLE_END: u64 = 4 << 30;
-/// As many vCPUs as the guests' board has records for.
+/// The most vCPUs of a machine. The guests' board has records for this number.
 pub(crate) const MAX_CPUS: u32 = 16;
-/// Version of the encoding.
+/// The version of the encoding.
 const VERSION: u32 = 1;
 
-/// The machine that a source has and a destination builds.
+/// The configuration of a machine that a source has and a destination builds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct MachineConfig {
     pub(crate) id: VmId,
@@ -23,15 +23,15 @@ pub(crate) struct MachineConfig {
     pub(crate) cpus: u32,
     pub(crate) backing: Backing,
     pub(crate) tracker: TrackerKind,
-    /// A guest of threads instead of vCPUs.
+    /// Whether the guest consists of threads instead of vCPUs.
     pub(crate) software: bool,
 }
 
 impl MachineConfig {
     pub(crate) fn new(memory_bytes: u64, cpus: u32, backing: Backing, tracker: TrackerKind) -> Self {
         use std::hash::{BuildHasher, RandomState};
-        // unique enough for the VMs of a test host: keys drawn by the operating system, and the
-        // process
+        // The ID is unique enough for the VMs of a test host: it consists of keys drawn by the
+        // operating system, and of the process ID.
         let (a, b) = (RandomState::new().hash_one(std::process::id()), RandomState::new().hash_one(0));
         let mut id = [0; 16];
         id[..8].copy_from_slice(&a.to_le_bytes());
@@ -39,7 +39,7 @@ impl MachineConfig {
         Self { id: VmId(id), memory_bytes, cpus, backing, tracker, software: false }
     }
 
-    /// RAM from 0, with the usual hole below 4 GiB.
+    /// Returns the layout of RAM from address 0, with the usual hole below 4 GiB.
     pub(crate) fn layout(&self) -> Result<RamLayout, String> {
         let low = self.memory_bytes.min(HOLE_START);
         let mut regions = vec![RamRegion { gpa: 0, len: low }];

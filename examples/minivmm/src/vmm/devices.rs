@@ -29,25 +29,25 @@ use super::balloon::Balloon;
 
 const SERIAL_BASE: u16 = 0x3f8;
 const SERIAL_PORTS: u16 = 8;
-/// The line that the serial port interrupts on.
+/// The interrupt line of the serial port.
 pub(super) const SERIAL_GSI: u32 = 4;
-/// Output that is kept while the file takes none, or while it is held for checkpoints (a byte costs
-/// the guest an exit, so that is at least 20 s of it); beyond it the oldest bytes are dropped, and
-/// counted.
+/// The most bytes of output that are kept while the file accepts none, or while output is held for
+/// checkpoints. A byte costs the guest an exit, so this is at least 20 s of output. Beyond this
+/// limit, the oldest bytes are dropped and counted.
 const MAX_PENDING: usize = 1 << 20;
-/// The longest time that a question about the port waits for a vCPU that uses it.
+/// The longest time that a query of the port waits for a vCPU that uses the port.
 const MAX_IN_USE: Duration = Duration::from_millis(200);
-/// Longest receive buffer of the port.
+/// The longest receive buffer of the port, in bytes.
 const MAX_INPUT: usize = 64;
 
-/// Where the serial port's output goes.
+/// The target of the serial port's output.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SerialTarget {
-    /// To this process's stdout.
+    /// The stdout of this process.
     Stdio,
-    /// Nowhere.
+    /// No target.
     Null,
-    /// To a file, which is appended to.
+    /// A file, to which output is appended.
     File(PathBuf),
 }
 
@@ -61,23 +61,24 @@ impl From<&str> for SerialTarget {
     }
 }
 
-/// What has become of the serial port's output.
+/// The state of the serial port's output.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct SerialOutput {
-    /// Where it goes.
+    /// The target of the output.
     pub(crate) to: String,
-    /// Bytes that the VM has put out in its life.
+    /// The number of bytes that the VM has put out in its life.
     pub(crate) made: u64,
-    /// Of them, those that wait to be written.
+    /// The number of those bytes that wait to be written.
     pub(crate) pending: u64,
-    /// Bytes that were dropped here.
+    /// The number of bytes that were dropped here.
     pub(crate) dropped: u64,
-    /// Why the last write failed.
+    /// The reason why the last write failed.
     pub(crate) failure: Option<String>,
 }
 
 impl SerialTarget {
-    /// Whether it can be written to: for one that is opened only when its VM has come.
+    /// Returns an error if the target cannot be written to. For a target that is opened only when
+    /// its VM has arrived.
     pub(crate) fn check(&self) -> io::Result<()> {
         self.open().map(drop)
     }
@@ -107,14 +108,14 @@ impl SerialTarget {
     }
 }
 
-/// Opens a file so that neither opening nor writing it waits for somebody else. A FIFO takes bytes
-/// as long as there is room, whether somebody reads it yet or not.
+/// Opens a file so that neither opening nor writing it waits for another process. A FIFO accepts
+/// bytes while there is room, whether or not a process reads the FIFO yet.
 fn open_file(path: &Path) -> io::Result<File> {
     let found = path.metadata().ok().map(|metadata| metadata.file_type());
     if found.is_some_and(|found| found.is_socket()) {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "a socket cannot be opened as a file"));
     }
-    // the end of a FIFO that only writes can be opened only while somebody reads
+    // a FIFO can be opened for writing alone only while a process reads it
     let reads = found.is_some_and(|found| found.is_fifo());
     OpenOptions::new()
         .read(reads)
@@ -124,15 +125,15 @@ fn open_file(path: &Path) -> io::Result<File> {
         .open(path)
 }
 
-/// Stdout, as a descriptor of its own: `Stdout` would try again by itself, where nobody can stop
-/// it.
+/// Returns stdout as a separate descriptor. `Stdout` would repeat a write by itself, and nobody
+/// could stop that.
 fn stdout() -> io::Result<File> {
     let stdout = File::from(io::stdout().as_fd().try_clone_to_owned()?);
     let kind = stdout.metadata()?.file_type();
     if kind.is_fifo() || kind.is_char_device() {
-        // Others may write to the same pipe or terminal, and fill it between a look whether there
-        // is room and a write. So this end does not wait, which must not be changed for them: that
-        // takes an opening of its own.
+        // Other processes may write to the same pipe or terminal, and fill it between the check for
+        // room and a write. So this descriptor must be non-blocking. Their descriptors must not
+        // change, so stdout is opened again.
         let again =
             OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open("/proc/self/fd/1");
         return Ok(again.unwrap_or(stdout));
@@ -140,46 +141,49 @@ fn stdout() -> io::Result<File> {
     Ok(stdout)
 }
 
-/// Output that never stops the guest, nor a pause of it: what cannot be written now is kept, moves
-/// with the VM, and is tried again with the next byte, or when somebody asks how the machine is.
+/// Output that delays neither the guest nor a pause of the guest. Bytes that cannot be written now
+/// are kept, and move with the VM. They are tried again with the next byte, or when the status of
+/// the machine is requested.
 pub(super) struct Output {
     sink: Option<File>,
     name: String,
     pending: VecDeque<u8>,
-    /// Bytes that the VM has put out in its life, those that are pending included.
+    /// The number of bytes that the VM has put out in its life, including those that are pending.
     made: u64,
-    /// Where in the file its first byte is, or would be; known once the VM is here.
+    /// The offset of the VM's first byte in the file, even if that byte was not written there.
+    /// Known once the VM is here.
     first: Option<i64>,
     dropped: u64,
     failure: Option<String>,
-    /// The log has it that a write failed; nothing more is said until all is written.
+    /// Whether the log contains that a write failed. Nothing more is logged until all is written.
     told: bool,
-    /// What is pending belongs to a state that was saved or loaded: whoever owns the VM in the end
-    /// writes it.
+    /// Whether the pending bytes belong to a state that was saved or loaded. The process that owns
+    /// the VM in the end writes them.
     held: bool,
-    /// What was made after this point is kept until a checkpoint that has it is safe.
+    /// The number of bytes of output that may be written. Output beyond it is kept until a
+    /// checkpoint that contains that output is safe.
     limit: Option<u64>,
 }
 
 impl Output {
-    /// How far the output is written.
+    /// Returns the number of bytes of the output that are written.
     fn written(&self) -> u64 {
         self.made - self.pending.len() as u64
     }
 
-    /// How long the file is; `None` if it is none.
+    /// Returns the length of the file in bytes, or `None` if the target is not a regular file.
     fn file_len(&self) -> Option<i64> {
         let metadata = self.sink.as_ref()?.metadata().ok()?;
         metadata.is_file().then_some(metadata.len() as i64)
     }
 
-    /// The VM is here: its next byte follows what the file has now.
+    /// Records that the VM is here: its next byte follows what the file has now.
     fn locate(&mut self) {
         let written = self.written() as i64;
         self.first = self.first.or_else(|| Some(self.file_len()? - written));
     }
 
-    /// What is pending was, in part, written by another host, to the same file.
+    /// Drops the pending bytes that another host has already written to the same file.
     fn leave_out_what_is_written(&mut self) {
         let (Some(first), Some(len)) = (self.first, self.file_len()) else { return };
         let twice = (len - first).saturating_sub(self.written() as i64).clamp(0, self.pending.len() as i64);
@@ -197,7 +201,8 @@ impl Output {
                 return;
             };
             let (head, _) = self.pending.as_slices();
-            // a pipe that polls as writable takes this much at once: no vCPU thread hangs here
+            // a pipe that polls as writable accepts this much at once, so no vCPU thread blocks
+            // here
             let written = match writable(sink) {
                 Ok(true) => sink.write(&head[..head.len().min(libc::PIPE_BUF).min(room as usize)]),
                 Ok(false) => Err(io::Error::new(io::ErrorKind::WouldBlock, "nobody reads it")),
@@ -208,10 +213,11 @@ impl Output {
                 Ok(n) => {
                     self.pending.drain(..n);
                     self.failure = None;
-                    // a reader that is slow makes it fail again and again
+                    // a slow reader makes writes fail again and again, so the log reports only the
+                    // first failure
                     self.told &= !self.pending.is_empty();
                 }
-                // a kick
+                // a kick has interrupted the write
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return self.failed(e.to_string()),
             }
@@ -262,7 +268,7 @@ impl Output {
     }
 }
 
-/// Whether a write would not block. A file always says so.
+/// Returns whether a write would not block. Always true for a regular file.
 fn writable(file: &File) -> io::Result<bool> {
     let mut fds = [PollFd::new(file.as_fd(), PollFlags::POLLOUT)];
     Ok(poll(&mut fds, PollTimeout::ZERO)? > 0)
@@ -281,8 +287,8 @@ impl Write for Output {
     }
 }
 
-/// Raises the serial port's interrupt line. Shared: to load a state, in the pause of a migration,
-/// takes no descriptor.
+/// Raises the serial port's interrupt line. The descriptor is shared, so that no descriptor is
+/// opened when a state is loaded in the pause of a migration.
 #[derive(Clone)]
 pub(super) struct Line(pub(super) Arc<EventFd>);
 
@@ -296,15 +302,15 @@ impl Trigger for Line {
 
 type Port = Serial<Line, NoEvents, Output>;
 
-/// The ports of the machine, and the devices behind them.
+/// The ports of the machine, with the devices at them.
 pub(super) struct Bus {
     serial: Mutex<Option<Port>>,
     pub(super) balloon: Arc<Balloon>,
 }
 
 impl Bus {
-    /// A bus with a serial port that writes to `target` and interrupts through `line`, and with
-    /// this balloon.
+    /// Returns a bus with a serial port that writes to `target` and interrupts through `line`, and
+    /// with this balloon.
     pub(super) fn new(target: &SerialTarget, line: EventFd, balloon: Arc<Balloon>) -> io::Result<Arc<Self>> {
         let serial = Serial::new(Line(Arc::new(line)), target.open()?);
         Ok(Arc::new(Self { serial: Mutex::new(Some(serial)), balloon }))
@@ -318,7 +324,8 @@ impl Bus {
         if let (Some(offset), [value]) = (serial_offset(port), data)
             && let Some(serial) = self.lock().as_mut()
         {
-            // an interrupt that cannot be raised is one that the guest did not ask for: it polls
+            // An interrupt that cannot be raised is one that the guest has not requested, because
+            // it polls.
             let _ = serial.write(offset, *value);
         } else if let (Some(offset), [value]) = (balloon_offset(port), data) {
             self.balloon.write(offset, *value);
@@ -332,12 +339,12 @@ impl Bus {
         }
         match (serial_offset(port), self.lock().as_mut()) {
             (Some(offset), Some(serial)) if data.len() == 1 => data[0] = serial.read(offset),
-            // nothing is there: a PC's bus floats high
+            // no device is there: a PC's bus floats high
             _ => data.fill(0xff),
         }
     }
 
-    /// Keeps output back from here on, but what comes with a state that is loaded.
+    /// Holds back output from now on, except for output that comes with a state that is loaded.
     pub(super) fn hold_output(&self) {
         if let Some(serial) = self.lock().as_mut() {
             let output = serial.writer_mut();
@@ -345,12 +352,12 @@ impl Bus {
         }
     }
 
-    /// How much output there was in the VM's life.
+    /// Returns the number of bytes of output in the VM's life.
     pub(super) fn output(&self) -> u64 {
         self.lock().as_ref().map_or(0, |serial| serial.writer().made)
     }
 
-    /// Lets output go up to this point, or all of it.
+    /// Releases output up to the byte `until`, or all output.
     pub(super) fn release_output(&self, until: Option<u64>) {
         if let Some(serial) = self.lock().as_mut() {
             let output = serial.writer_mut();
@@ -359,15 +366,16 @@ impl Bus {
         }
     }
 
-    /// After a restart from a checkpoint: its pending output may have been written meanwhile.
+    /// Drops the pending output that was written meanwhile. Called after a restart from a
+    /// checkpoint.
     pub(super) fn leave_out_what_is_written(&self) {
         if let Some(serial) = self.lock().as_mut() {
             serial.writer_mut().leave_out_what_is_written();
         }
     }
 
-    /// As [`lock`](Self::lock), unless a vCPU's thread that has the port does not come back from
-    /// there.
+    /// Locks the port as [`lock`](Self::lock) does. Returns `None` if a vCPU's thread that uses the
+    /// port does not release it in time.
     fn lock_in_time(&self) -> Option<MutexGuard<'_, Option<Port>>> {
         let began = Instant::now();
         loop {
@@ -380,20 +388,20 @@ impl Bus {
         }
     }
 
-    /// Keeps every vCPU in the port that uses it, until the guard is dropped.
+    /// Makes every vCPU that uses the port wait there until the guard is dropped.
     #[cfg(test)]
     pub(super) fn block(&self) -> impl Drop + '_ {
         self.lock()
     }
 
-    /// How much output there was, and what has become of it.
+    /// Returns the state of the output, or zeros if the port is in use for too long.
     pub(super) fn serial_output(&self) -> SerialOutput {
         let serial = self.lock_in_time();
         serial.as_deref().and_then(Option::as_ref).map_or_else(SerialOutput::default, |s| s.writer().so_far())
     }
 
-    /// What the user should know of the output, after another try to write what is pending. Does
-    /// not wait for a vCPU.
+    /// Returns the warnings for the user about the output and the balloon, after another attempt to
+    /// write pending output. Does not wait for a vCPU for longer than [`MAX_IN_USE`].
     pub(super) fn warnings(&self) -> Vec<String> {
         let warning = match self.lock_in_time() {
             Some(mut serial) => serial.as_mut().and_then(|s| {
@@ -415,7 +423,7 @@ fn balloon_offset(port: u16) -> Option<u16> {
     port.checked_sub(balloon::BASE).filter(|&offset| offset < balloon::PORTS)
 }
 
-/// Bytes of the serial port's state beside output that waits, about.
+/// The approximate size of the serial port's state in bytes, without pending output.
 const SERIAL_REGISTERS: usize = 64;
 
 /// The serial port as a device that migrates.
@@ -426,12 +434,12 @@ impl Device for SerialDevice {
         "serial"
     }
 
-    // 2: output that could not be written yet moves too; 3: and how much there was in all
+    // version 2 added the output that could not be written yet, version 3 the amount of all output
     fn version(&self) -> u32 {
         3
     }
 
-    // output that waits moves along
+    // pending output moves with the VM
     fn state_bytes(&self) -> u64 {
         self.0.lock().as_ref().map_or(0, |serial| (SERIAL_REGISTERS + serial.writer().pending.len()) as u64)
     }
@@ -446,7 +454,7 @@ impl Device for SerialDevice {
     fn save(&mut self) -> Result<Bytes, VmError> {
         let mut serial = self.0.lock();
         let serial = serial.as_mut().ok_or_else(|| VmError::new("the serial port is gone"))?;
-        // what cannot be written here and now is the destination's to write, unless the VM stays
+        // output that cannot be written now is written by the destination, unless the VM stays
         let output = serial.writer_mut();
         output.drain();
         output.held = true;
@@ -494,8 +502,8 @@ impl Device for SerialDevice {
         output.limit = output.limit.map(|_| made);
         output.held = true;
         output.locate();
-        // raises the interrupt anew if one is pending: the one raised at the source may not have
-        // reached the saved irqchip
+        // This raises the interrupt again if one is pending. The interrupt that was raised at the
+        // source may not have reached the saved irqchip.
         let loaded = Serial::from_state(&state, line, NoEvents, output);
         *slot = Some(loaded.map_err(|e| VmError::new(format!("state of the serial port makes no sense: {e:?}")))?);
         Ok(())

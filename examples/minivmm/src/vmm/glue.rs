@@ -1,4 +1,5 @@
-//! The glue: all that a VMM implements to let its VMs migrate. Counted in the README.
+//! The glue: everything that a VMM implements so that its VMs can migrate. The README counts its
+//! lines.
 
 use std::{
     os::fd::{BorrowedFd, OwnedFd},
@@ -32,21 +33,23 @@ use super::{
     protect::identity,
 };
 
-/// The machine, as the engine moves it away.
+/// The machine as the source of a migration.
 pub(crate) struct MachineSource {
     pub(super) machine: Arc<Machine>,
     pub(super) tracker: Box<dyn DirtyTracker>,
-    /// Since RAM is shared with another process, the guest has its turn before what is done there.
+    /// The vCPU priority boost since RAM is shared with another process. With it, the guest runs
+    /// before the work of that process.
     shared: OnceLock<PriorityBoost>,
-    /// Whether the machine stays when its guest has gone.
+    /// Whether the machine stays when its guest has left.
     stays: bool,
-    /// Whether vCPUs have stopped, and devices were brought to rest: only then do these have to be
-    /// woken. A vCPU that has not stopped may have one of them.
+    /// Whether vCPUs have stopped, and devices were brought to rest. Only then do the devices have
+    /// to be resumed, because a vCPU that has not stopped may be using one of them.
     at_rest: bool,
-    /// What tells which pages its guest references, or why that cannot be told; `None` if nobody
-    /// wants to know.
+    /// The record of the pages that the guest references, or the reason why there is none. `None`
+    /// if nobody needs the record.
     idle: Option<Result<IdlePages, String>>,
-    /// As long as this lives no page is evicted; or why that cannot be.
+    /// A guard that prevents evictions while it lives, or the reason why there is none. `None` if
+    /// the machine never evicts pages.
     held: Option<Result<Held, String>>,
 }
 
@@ -57,7 +60,7 @@ impl MachineSource {
         Self { held, machine, tracker, shared: OnceLock::new(), stays: false, at_rest: false, idle: None }
     }
 
-    /// From here on, the pages that the guest references are noted, where the kernel can tell.
+    /// Records the pages that the guest references from now on, if the kernel can report them.
     pub(crate) fn note_references(&mut self) {
         self.idle = Some(IdlePages::watch(self.machine.ram.clone()).map_err(|e| e.to_string()));
     }
@@ -66,7 +69,7 @@ impl MachineSource {
         self.held.as_ref()?.as_ref().ok()
     }
 
-    /// Of a machine that stays when its guest goes.
+    /// Returns the source for a machine that stays when its guest leaves.
     fn lending(machine: Arc<Machine>) -> Self {
         let mut source = Self::new(machine);
         source.stays = true;
@@ -169,7 +172,8 @@ impl SourceVm for MachineSource {
     }
 
     fn entry_pages(&mut self, state: &VmState, into: &mut PageSet) {
-        // they are looked up in page tables, which may be in a page store, and none comes from there now
+        // entry pages are looked up in page tables, which may be in a page store, and no page is
+        // read back now
         if self.machine.cold_pages() == 0 {
             entry_pages(state, &*self.machine.ram, into);
         }
@@ -190,7 +194,7 @@ impl SourceVm for MachineSource {
     fn released(&mut self) {
         let shared = self.shared.take().is_some();
         if self.stays {
-            // best effort: the guest, which it would slow down, is not here
+            // best effort: the log would slow down the guest, which is not here
             let _ = self.tracker.stop();
             return;
         }
@@ -205,20 +209,20 @@ impl SourceVm for MachineSource {
     }
 }
 
-/// What the destination decides, against what the source says.
+/// The options of a destination, which override those of the source.
 pub(crate) struct HostOptions {
     pub(crate) serial: SerialTarget,
     pub(crate) backing: Option<Backing>,
     pub(crate) tracker: Option<TrackerKind>,
-    /// While the link is lost and pages are missing, no vCPU runs.
+    /// Whether no vCPU runs while the link is lost and pages are missing.
     pub(crate) pause_on_loss: bool,
-    /// Its RAM must be memory that other processes can map.
+    /// Whether the VM's RAM must be memory that other processes can map.
     pub(crate) shared_ram: bool,
-    /// Page tables of RAM that is handed over stay empty.
+    /// Whether the page tables of RAM that is handed over stay empty.
     pub(crate) cold: bool,
 }
 
-/// Builds machines for VMs that arrive.
+/// Builds machines for arriving VMs.
 pub(crate) struct Host {
     options: HostOptions,
     last: Mutex<Last>,
@@ -227,10 +231,10 @@ pub(crate) struct Host {
 /// The last machine that was built.
 #[derive(Default)]
 struct Last {
-    /// Not held: what is discarded must be gone at once.
+    /// The machine. The reference is weak, because a discarded machine must be freed at once.
     machine: Weak<Machine>,
     id: VmId,
-    /// What was measured of it, for the next attempt to receive it.
+    /// The measurements of the machine, for the next attempt to receive the VM.
     measured: Arc<Measured>,
 }
 
@@ -245,7 +249,7 @@ impl Host {
 
     fn make(&self, vm: &VmDescription, shared: Option<Vec<OwnedFd>>) -> Result<MachineDestination, VmError> {
         let config = MachineConfig::decode(&vm.config).map_err(|e| VmError::because("the VM's configuration", e))?;
-        // the engine has checked this layout against its limits, nobody the configuration's
+        // the engine has checked this layout against its limits, but not that of the configuration
         if config.layout().ok().as_ref() != Some(&vm.layout) {
             return Err(VmError::new(format!(
                 "a configuration of {} bytes for another RAM layout",
@@ -280,7 +284,7 @@ impl Host {
             return Err(VmError::new(why));
         }
         let machine = Arc::new(machine);
-        // it goes before what the process that it comes from does
+        // the guest runs before the work of the process that it comes from
         if is_shared {
             machine.prefer();
         }
@@ -315,7 +319,7 @@ impl DestinationHost for Host {
     }
 }
 
-/// The machine, as it arrives.
+/// The machine as the destination of a migration.
 pub(crate) struct MachineDestination(pub(crate) Arc<Machine>);
 
 impl DestinationVm for MachineDestination {
@@ -363,25 +367,25 @@ impl DestinationVm for MachineDestination {
     }
 }
 
-/// A machine that stays when its guest goes, and takes it back.
+/// A machine that stays when its guest leaves, and takes the guest back.
 pub(crate) struct Tenant {
     machine: Option<Arc<Machine>>,
-    /// Builds it for the guest's first visit.
+    /// The host that builds the machine for the guest's first visit.
     host: Option<Host>,
 }
 
 impl Tenant {
-    /// Of a guest that is at home here.
+    /// Returns the tenant for a guest that is at home here.
     pub(crate) fn of(machine: Arc<Machine>) -> Self {
         Self { machine: Some(machine), host: None }
     }
 
-    /// Of a guest that will come.
+    /// Returns the tenant for a guest that will arrive.
     pub(crate) fn expecting(options: HostOptions) -> Self {
         Self { machine: None, host: Some(Host::new(options)) }
     }
 
-    /// The machine; `None` before the guest's first visit.
+    /// Returns the machine, or `None` before the guest's first visit.
     pub(crate) fn machine(&self) -> Option<&Arc<Machine>> {
         self.machine.as_ref()
     }

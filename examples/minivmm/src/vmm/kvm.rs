@@ -23,11 +23,11 @@ use super::{
     machine::Processors,
 };
 
-/// What the VM has.
+/// The interrupt controllers of the VM.
 const IRQCHIP: Irqchip = Irqchip::Full;
 
 pub(super) struct KvmProcessors {
-    // vCPUs first: they end before the VM and its memory go away
+    // vCPUs are the first field, so that they end before the VM and its memory go away
     vcpus: Arc<Vcpus>,
     saver: Arc<VcpuSaver>,
     vm: Arc<VmFd>,
@@ -50,7 +50,8 @@ impl IoHandler for Bus {
 }
 
 impl KvmProcessors {
-    /// Builds everything that takes time: slots before the irqchip, the irqchip before the vCPUs.
+    /// Builds everything that takes time. Slots are built before the irqchip, and the irqchip
+    /// before the vCPUs.
     pub(super) fn new(
         kvm: &Kvm,
         ram: Arc<dyn GuestRam>,
@@ -108,20 +109,22 @@ impl KvmProcessors {
     }
 }
 
-/// Says who the vCPU is: number `index` of a package of `cpus` cores without hyperthreads. What KVM
-/// supports is the host's topology, of the CPU that happened to answer.
+/// Sets the topology that a vCPU reports: it is number `index` of a package of `cpus` cores without
+/// hyperthreads. KVM's supported values describe the topology of the host CPU that happened to
+/// answer.
 fn set_topology(entries: &mut [kvm_cpuid_entry2], index: u32, cpus: u32) {
-    // APIC ids are below the next power of two
+    // APIC IDs are below the next power of two
     let ids = cpus.next_power_of_two();
     let bits = ids.trailing_zeros();
     for entry in entries {
         match entry.function {
             1 => {
                 entry.ebx = entry.ebx & 0xffff | ids << 16 | index << 24;
-                // HTT: the count of ids above means something
+                // HTT: the number of IDs above is valid
                 entry.edx = entry.edx & !(1 << 28) | u32::from(cpus > 1) << 28;
             }
-            // Intel's caches: those of the third level and beyond are shared by all, others by none
+            // Intel's caches: all CPUs share those of the third level and beyond, and share no
+            // others
             4 if entry.eax & 0x1f != 0 => {
                 let sharing = if entry.eax >> 5 & 7 >= 3 { ids - 1 } else { 0 };
                 entry.eax = entry.eax & 0x3fff | sharing << 14 | (ids - 1) << 26;
@@ -152,7 +155,7 @@ impl Processors for KvmProcessors {
     }
 
     fn boot(&self, entry: u64, start_info: u64) -> Result<(), String> {
-        // the others wait for the first one's INIT, as at power-on
+        // the other vCPUs wait for the first one's INIT, as at power-on
         let set = move |index: usize, vcpu: &mut VcpuFd| {
             if index != 0 {
                 return Ok(());

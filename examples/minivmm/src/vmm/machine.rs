@@ -1,4 +1,4 @@
-//! A machine: RAM, processors, devices, and what its user asks of it.
+//! A machine: RAM, processors, devices, and the requests of its user.
 
 use std::{
     fs::File,
@@ -47,32 +47,34 @@ use super::{
     software::SoftwareProcessors,
 };
 
-/// Where the built-in workloads keep their figures.
+/// The guest physical address at which the built-in workloads keep their figures.
 pub(super) const BOARD: u64 = 0x10_0000;
 
-/// Bytes of a vCPU's state, about: what `KVM_GET_XSAVE2` and a few hundred MSRs give. This and the
-/// next ones hold until the VM's state was saved, or loaded, for the first time.
+/// The approximate size of a vCPU's state in bytes: the data of `KVM_GET_XSAVE2` and of a few
+/// hundred MSRs. This and the following estimates are used until the VM's state was saved, or
+/// loaded, for the first time.
 const VCPU_BYTES: u64 = 12 << 10;
-/// About what saving a vCPU takes, and loading it, its thread's way there included. They are saved
-/// beside each other, but for want of cores.
+/// The approximate times of saving and of loading a vCPU, including the time until its thread
+/// begins. vCPUs are saved in parallel, unless cores are scarce.
 const VCPU_SAVE: Duration = Duration::from_micros(100);
 const VCPU_LOAD: Duration = Duration::from_micros(250);
 
-/// How long a migration waits for the end of the one before.
+/// The longest time that a migration waits for the end of the previous one.
 const LAST_MIGRATION: Duration = Duration::from_secs(2);
 
-/// For so long after a hand-over the guest goes before others: the process that it comes from takes
-/// 60 to 90 ms a GiB to end.
+/// The time after a hand-over for which the guest keeps its priority. The process that the guest
+/// comes from takes 60 to 90 ms for each GiB to end.
 const AFTERWARDS: Duration = Duration::from_millis(200);
 
-/// How long a hand-over waits for page tables to be filled: enough for 8 GiB on a machine that has
-/// something else to do.
+/// The longest time that a hand-over waits for page tables to be filled. This is enough for 8 GiB
+/// on a machine that has other work.
 const WARMING: Duration = Duration::from_secs(10);
 
-/// How long a process that has handed its VM over takes to unmap that: enough for 2 to 4 GiB.
+/// The time in which a process that has handed its VM over unmaps the VM's RAM. This is enough for
+/// 2 to 4 GiB.
 const COOLING: Duration = Duration::from_secs(1);
 
-/// A VM cannot be built here, or its kernel cannot be loaded: the reason.
+/// The reason why a VM cannot be built here, or why its kernel cannot be loaded.
 #[derive(Debug, Error)]
 #[error("{0}")]
 pub struct MachineError(String);
@@ -83,94 +85,100 @@ impl From<BootError> for MachineError {
     }
 }
 
-/// Returns any error as the reason.
+/// Returns an error whose reason is the text of `error`.
 pub(super) fn machine_error(error: impl std::error::Error) -> MachineError {
     MachineError(describe(error))
 }
 
-/// What executes the guest: vCPUs of KVM, or threads that take their place.
+/// The processors that execute the guest: vCPUs of KVM, or threads in their place.
 pub(super) trait Processors: Send + Sync {
-    /// Performs a built-in workload in place of a kernel.
+    /// Prepares a built-in workload in place of a kernel.
     fn perform(&self, spec: &str) -> Result<(), String>;
     /// Prepares the boot CPU to enter at `entry`.
     fn boot(&self, entry: u64, start_info: u64) -> Result<(), String>;
-    /// Lets them run.
+    /// Lets the processors run.
     fn run(&self);
-    /// Stops them; returns when none runs.
+    /// Stops the processors. Returns when none runs.
     ///
     /// # Errors
-    /// When one does not stop in time. [`run`](Self::run) takes the stop back, also for that one.
+    /// Returns an error if a processor does not stop in time. [`run`](Self::run) then cancels the
+    /// stop, also for that processor.
     fn pause(&self) -> Result<(), VmError>;
-    /// Holds them, whether or not they run otherwise, or ends that. Waits for none of them: it may
-    /// wait for a page.
+    /// Holds the processors, whether or not they run otherwise, or ends that. Does not wait for a
+    /// processor, because the processor may wait for a page.
     fn hold(&self, held: bool);
-    /// Slows them down.
+    /// Slows the processors down.
     fn throttle(&self, percent: u8) -> Result<(), VmError>;
-    /// Adds their state, and the VM's.
+    /// Adds the state of the processors and of the VM to `into`.
     fn save(&self, into: &mut VmState) -> Result<(), VmError>;
-    /// Takes it.
+    /// Loads the state of the processors and of the VM.
     fn load(&self, from: &VmState) -> Result<(), VmError>;
-    /// What they need of a host.
+    /// Returns what the processors need of a host.
     fn host_needs(&self) -> Bytes;
-    /// A tracker of their writes.
+    /// Returns a tracker of the processors' writes.
     fn tracker(&self) -> Result<Box<dyn DirtyTracker>, String>;
-    /// Frequency of their TSC; 0 if unknown.
+    /// Returns the frequency of the processors' TSC in kHz, or 0 if it is unknown.
     fn tsc_khz(&self) -> u64;
-    /// The operating system's numbers of the threads that run vCPUs.
+    /// Returns the operating system's IDs of the threads that run vCPUs.
     fn threads(&self) -> Vec<u32>;
-    /// Waits until the guest has ended by itself, or the machine is shut down (`None`).
+    /// Returns a function that waits until the guest has ended by itself, or the machine is shut
+    /// down (`None`).
     fn end_watch(&self) -> Box<dyn FnOnce() -> Option<String> + Send>;
-    /// Why the guest has ended.
+    /// Returns the reason why the guest has ended, if it has.
     fn end(&self) -> Option<String>;
-    /// Fills the page tables that they use for this memory, before the guest comes.
+    /// Fills the page tables that the processors use for this memory, before the guest arrives.
     fn pre_fault(&self, gpa: u64, len: u64) -> io::Result<()>;
-    /// Frees threads and vCPUs.
+    /// Frees the threads and the vCPUs.
     fn shut_down(&self);
 }
 
 pub(crate) struct Machine {
     pub(super) config: MachineConfig,
-    // processors end before their memory goes away: fields are dropped in order
+    // fields are dropped in order: the processors must end before their memory goes away
     pub(super) processors: Box<dyn Processors>,
-    /// Cold pages, of a machine that has been at home here from the beginning.
+    /// The swapper, for a machine that has been at home here from the beginning and has cold pages.
     pub(super) paging: OnceLock<Paging>,
     devices: Mutex<DeviceSet>,
     tracker: Mutex<Option<Box<dyn DirtyTracker>>>,
     tracker_is_back: Condvar,
     tracker_name: &'static str,
     pub(super) ram: Arc<MappedRam>,
-    /// Writes of the VMM itself: the start info, and whatever a device with DMA would do.
+    /// The log of the VMM's own writes: the start info, and any write that a device with DMA would
+    /// do.
     writes: Arc<DirtyBitmap>,
     pub(super) bus: Arc<Bus>,
     standing: Mutex<Standing>,
-    /// Whether the user has paused it, as `standing` says; known without that lock, whose holder
-    /// may wait for a vCPU.
+    /// Whether the user has paused the machine, as in `standing`. It can be read without the lock
+    /// of `standing`, whose holder may wait for a vCPU.
     paused: AtomicBool,
-    /// Of a guest that comes from another process of this machine.
+    /// The vCPU priority boost of a guest that comes from another process of this machine.
     preferred: Mutex<Option<PriorityBoost>>,
-    /// Shared by the write-protecting tracker and the pager; `None` where it may not be had.
+    /// The userfaultfd that the write-protecting tracker and the pager share. `None` if this host
+    /// does not permit one.
     pub(super) fault: Option<Arc<UserFault>>,
-    /// Shared with the balloon, which must not act behind its back.
+    /// The pager. The balloon shares it, because the balloon must not discard pages while some are
+    /// missing.
     pager: Arc<OnceLock<Arc<UserFaultPager>>>,
-    /// What saving and loading its state took. Shared with whoever builds the VM once more.
+    /// The measured times of saving and loading the state. A host that builds the VM again shares
+    /// them.
     pub(super) measured: Arc<Measured>,
 }
 
-/// Who wants the machine to stand still. It runs only while nobody does; every change is made, with
-/// its effect on the processors, under one lock, so that a user's `resume` cannot start a machine
-/// that a migration has stopped.
+/// The parties that want the machine to be stopped. The machine runs only while no party does.
+/// Every change is made together with its effect on the processors, under one lock, so that a
+/// user's `resume` cannot start a machine that a migration has stopped.
 #[derive(Default)]
 struct Standing {
-    /// The user.
+    /// Whether the user wants the machine to be stopped.
     by_user: bool,
-    /// A migration that is about to hand it over.
+    /// Whether a migration that is about to hand over the VM wants the machine to be stopped.
     by_migration: bool,
-    /// It may run at the destination: it never runs here again.
+    /// Whether the VM may run at the destination. While this is set, the VM does not run here.
     given_up: bool,
 }
 
 impl Standing {
-    /// Says so if the user's wish comes in the middle of a hand-over.
+    /// Returns an error if the user's request `wish` comes in the middle of a hand-over.
     fn refuse(&self, wish: &str) -> Result<(), String> {
         match (self.given_up, self.by_migration) {
             (true, _) => Err(format!("{wish}: the VM may run at its destination")),
@@ -180,7 +188,7 @@ impl Standing {
     }
 }
 
-/// What `status` tells.
+/// The state of the machine for `status`.
 pub(crate) struct Snapshot {
     pub(crate) cpus: u32,
     pub(crate) memory_bytes: u64,
@@ -193,21 +201,21 @@ pub(crate) struct Snapshot {
     pub(crate) serial: SerialOutput,
 }
 
-/// Why a broker cannot keep RAM that is private to a process.
+/// Returns the reason why a broker cannot keep RAM that is private to a process.
 pub(super) fn not_kept(backing: Backing) -> String {
     format!("a broker keeps no {backing} memory: use --backing memfd or hugetlb")
 }
 
 impl Machine {
-    /// Builds a machine. Without KVM it becomes a software guest, and says so.
+    /// Builds a machine. Without KVM, the machine is a software guest, and the log reports that.
     pub(crate) fn new(config: MachineConfig, serial: &SerialTarget) -> Result<Self, MachineError> {
         let layout = config.layout().map_err(MachineError)?;
         let ram = MappedRam::new(layout, config.backing).map_err(|e| MachineError(describe(e)))?;
         Self::around(ram, config, serial)
     }
 
-    /// Builds a machine in RAM that another process shares with this one, and that its guest may
-    /// still use there.
+    /// Builds a machine in RAM that another process shares with this one. The guest may still use
+    /// the RAM in that process.
     pub(super) fn in_shared_ram(
         files: Vec<OwnedFd>,
         config: MachineConfig,
@@ -223,11 +231,12 @@ impl Machine {
         Ok(machine)
     }
 
-    /// Fills page tables for a guest that runs in this RAM elsewhere, and is about to come.
+    /// Fills page tables for a guest that runs elsewhere in this RAM, and is about to arrive.
     pub(super) fn prefault(&self) {
         let mut pre_faults = true;
         let mut fill = |range: PageRange| {
-            // KVM's page tables and ours; where it cannot do that, ours
+            // fills the page tables of KVM and of this process; if KVM cannot do that, only the
+            // latter
             pre_faults = pre_faults && self.pre_fault(range);
             if pre_faults { Ok(()) } else { self.ram.prefault_for_reading(range) }
         };
@@ -241,9 +250,9 @@ impl Machine {
         gpa.is_some_and(|gpa| self.processors.pre_fault(gpa, range.bytes()).is_ok())
     }
 
-    /// Its guest runs elsewhere, in the same RAM: unmaps that without disturbing it.
+    /// Unmaps the RAM without disturbing the guest, which runs elsewhere in the same RAM.
     pub(crate) fn let_go(&self) {
-        // what is left then goes with the process
+        // RAM that is still mapped after that is unmapped when the process ends
         if let Err(error) = self.ram.unmap_shared_in_pieces(COOLING) {
             log!("{}", Chain(&error));
         }
@@ -253,15 +262,15 @@ impl Machine {
         self.preferred.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Lets its vCPUs be first on their cores.
+    /// Gives the vCPUs priority over other threads on their cores.
     pub(super) fn prefer(&self) {
         let mut preferred = self.preferred();
-        // what the last one has changed is taken back first
+        // the changes of the last boost are rolled back first
         drop(preferred.take());
         *preferred = Some(PriorityBoost::first(&self.processors.threads()));
     }
 
-    /// The guest runs here: soon its vCPUs are as others again.
+    /// Ends the priority of the vCPUs soon, because the guest runs here now.
     pub(super) fn prefer_no_longer(self: &Arc<Self>) {
         if self.preferred().is_none() {
             return;
@@ -277,7 +286,7 @@ impl Machine {
         }
     }
 
-    /// Its vCPUs have their turn sooner as long as this lives.
+    /// Returns a boost with which the vCPUs are scheduled sooner while it lives.
     pub(super) fn sooner(&self) -> PriorityBoost {
         PriorityBoost::sooner(&self.processors.threads())
     }
@@ -386,10 +395,10 @@ impl Machine {
         Ok(())
     }
 
-    /// Starts a guest that has arrived, maybe not for the first time.
+    /// Starts a guest that has arrived, possibly not for the first time, or leaves it paused.
     pub(super) fn arrive(&self, running: bool) {
         let mut standing = self.standing();
-        // whatever an earlier stay had left behind
+        // discards the state that an earlier stay has left
         *standing = Standing { by_user: !running, ..Standing::default() };
         self.settle(&standing);
     }
@@ -415,11 +424,12 @@ impl Machine {
         Ok(())
     }
 
-    /// Stops it for a hand-over.
+    /// Stops the machine for a hand-over.
     ///
     /// # Errors
-    /// When the guest has ended by itself, as [`VmError::ended`]: there is nothing to move then.
-    /// When a vCPU does not stop. [`go_on`](Machine::go_on) takes back what has happened.
+    /// Returns [`VmError::ended`] if the guest has ended by itself, because there is nothing to
+    /// move then. Returns an error if a vCPU does not stop. [`go_on`](Machine::go_on) rolls back
+    /// what has happened.
     pub(super) fn stop(&self) -> Result<(), VmError> {
         let mut standing = self.standing();
         if standing.given_up {
@@ -433,7 +443,7 @@ impl Machine {
         }
     }
 
-    /// Takes back [`stop`](Machine::stop).
+    /// Rolls back [`stop`](Machine::stop).
     pub(super) fn go_on(&self) -> Result<(), VmError> {
         let mut standing = self.standing();
         if standing.given_up {
@@ -444,8 +454,8 @@ impl Machine {
         Ok(())
     }
 
-    /// The destination is dead: the machine is here again, as this state and RAM say, and runs if
-    /// its user lets it.
+    /// Restarts the machine here from this state and from RAM, because the destination is dead. The
+    /// machine runs unless its user has paused it.
     pub(super) fn restart(&self, state: &VmState) -> Result<(), VmError> {
         self.load(state)?;
         self.bus.leave_out_what_is_written();
@@ -456,12 +466,13 @@ impl Machine {
         Ok(())
     }
 
-    /// It may run at the destination from now on.
+    /// Records that the VM may run at the destination from now on.
     pub(super) fn give_up(&self) {
         self.standing().given_up = true;
     }
 
-    /// Has everybody know how it stands.
+    /// Publishes whether the user has paused the machine, and lets the processors run if no party
+    /// wants the machine to be stopped.
     fn settle(&self, standing: &Standing) {
         self.paused.store(standing.by_user, Ordering::SeqCst);
         if !(standing.by_user || standing.by_migration || standing.given_up) {
@@ -473,7 +484,7 @@ impl Machine {
         self.standing.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Whether this host can run a VM with these needs.
+    /// Returns an error if this host cannot run a VM with these needs.
     pub(super) fn check_host(config: &MachineConfig, needs: &[u8]) -> Result<(), VmError> {
         if config.software {
             return Ok(());
@@ -490,7 +501,7 @@ impl Machine {
         self.devices.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Saves its state, and notes what that takes.
+    /// Saves the state of the machine, and records the time and the sizes.
     pub(super) fn save(&self) -> Result<VmState, VmError> {
         let began = Instant::now();
         let mut state = VmState::default();
@@ -501,7 +512,7 @@ impl Machine {
         Ok(state)
     }
 
-    /// Loads its state, and notes what that takes.
+    /// Loads the state of the machine, and records the time.
     pub(super) fn load(&self, state: &VmState) -> Result<(), VmError> {
         let began = Instant::now();
         self.processors.load(state)?;
@@ -510,47 +521,47 @@ impl Machine {
         Ok(())
     }
 
-    /// What saving the state in the pause will take: as much as the last time.
+    /// Returns an estimate of saving the state in the pause: the same as the last time.
     pub(super) fn estimate_state(&self) -> StateEstimate {
         let mut estimate = self.measured.last_save().unwrap_or_else(|| {
             let vcpu = |instance| SectionEstimate { name: VCPU_SECTION.into(), instance, bytes: VCPU_BYTES };
             let sections = (0..self.config.cpus).map(vcpu).collect();
             StateEstimate { sections, save_time: Some(VCPU_SAVE * self.config.cpus) }
         });
-        // devices know what they have now
+        // devices know the size of their present state
         estimate.sections.extend(self.devices().estimates());
         estimate
     }
 
-    /// What loading it will take here: as much as it took before.
+    /// Returns an estimate of the time of loading the state here: the same as before.
     pub(super) fn estimate_load(&self) -> Duration {
         self.measured.load_time().unwrap_or(VCPU_LOAD * self.config.cpus)
     }
 
-    /// Which VM it is.
+    /// Returns the ID of the VM.
     pub(crate) fn id(&self) -> VmId {
         self.config.id
     }
 
-    /// Has a broker keep its RAM.
+    /// Has a broker keep the machine's RAM. Returns the lease.
     pub(crate) fn lease_ram(&self, broker: &BrokerClient) -> Result<RamLease, BrokerError> {
         let backing = self.config.backing;
         let files = self.ram.memory_files().map_err(|_| BrokerError::Files(not_kept(backing)))?;
         broker.lease(self.config.id, self.ram.layout(), backing.name(), &files)
     }
 
-    /// Its RAM.
+    /// Returns the machine's RAM.
     pub(crate) fn ram(&self) -> &MappedRam {
         &self.ram
     }
 
-    /// Pages of its RAM.
+    /// Returns the number of pages of RAM.
     pub(crate) fn pages(&self) -> u64 {
         self.ram.layout().pages()
     }
 
-    /// What serves missing pages; `None`, with the reason as a warning, if this host does not
-    /// permit that.
+    /// Returns the pager, which serves missing pages. If this host does not permit one, logs the
+    /// reason as a warning and returns `None`.
     pub(super) fn pager(&self) -> Option<Arc<UserFaultPager>> {
         let made = match &self.fault {
             Some(fault) => UserFaultPager::new(self.ram.clone(), fault.clone()).map_err(describe),
@@ -565,48 +576,52 @@ impl Machine {
         }
     }
 
-    /// Why it cannot move: what has not come yet would be taken for empty.
+    /// Returns the reason why the machine cannot move, if pages are missing: the next host would
+    /// take them for empty pages.
     pub(super) fn blocked(&self) -> Option<String> {
         let missing = self.pager.get().map_or(0, |pager| pager.missing());
         (missing > 0)
             .then(|| format!("{missing} pages of the VM are missing: they are on their way from its last host"))
     }
 
-    /// Why it cannot be handed over to another process of this host.
+    /// Returns the reason why the machine cannot be handed over to another process of this host, if
+    /// it cannot.
     pub(crate) fn cannot_hand_over(&self) -> Option<String> {
         let private =
             || Some(format!("its RAM is private to this process: {}", Chain(&self.ram.memory_files().err()?)));
         self.blocked().or_else(|| self.is_paged()).or_else(private)
     }
 
-    /// Why no other process of this host may use its RAM, if its cold pages go to a page store.
+    /// Returns the reason why no other process of this host may use the RAM, if cold pages go to a
+    /// page store.
     pub(super) fn is_paged(&self) -> Option<String> {
         let why = "its cold pages go to a page store, which another process that uses its RAM would not notice";
         self.paging.get().map(|_| why.into())
     }
 
-    /// Whether the page at this address can be looked at without waiting for it to come.
+    /// Returns whether the page at this address can be read without waiting for it to arrive.
     fn is_here(&self, gpa: u64) -> bool {
         let page = self.ram.layout().page_of(gpa);
         self.pager.get().zip(page).is_none_or(|(pager, page)| !pager.is_missing(page))
     }
 
-    /// Whether the user paused it. Waits for nobody.
+    /// Returns whether the user has paused the machine. Does not wait.
     pub(super) fn is_paused_by_user(&self) -> bool {
         self.paused.load(Ordering::SeqCst)
     }
 
-    /// Waits until the guest has ended by itself (the reason), or the machine is shut down.
+    /// Returns a function that waits until the guest has ended by itself, and then returns the
+    /// reason, or until the machine is shut down.
     pub(crate) fn wait_end(&self) -> Box<dyn FnOnce() -> Option<String> + Send> {
         self.processors.end_watch()
     }
 
-    /// Why the guest has ended by itself, if it has.
+    /// Returns the reason why the guest has ended by itself, if it has.
     pub(crate) fn end(&self) -> Option<String> {
         self.processors.end()
     }
 
-    /// Frees what the machine holds but its memory.
+    /// Frees everything that the machine has, except its memory.
     pub(super) fn shut_down(&self) {
         self.processors.shut_down();
         self.end_paging();
@@ -634,7 +649,7 @@ impl Machine {
     pub(crate) fn check_ram(&self, gpa: u64, len: u64) -> Result<(), String> {
         let end = gpa.checked_add(len).ok_or("the address overflows")?;
         let mut at = gpa;
-        // regions ascend
+        // regions are in ascending order
         for region in self.ram.layout().regions() {
             if region.gpa <= at && at < region.gpa + region.len {
                 at = end.min(region.gpa + region.len);
@@ -658,19 +673,19 @@ impl Machine {
         Ok(())
     }
 
-    /// Takes the tracker for a migration; [`put_tracker`](Machine::put_tracker) gives it back. The
-    /// last migration's checkpoints may just be ending.
+    /// Takes the tracker for a migration. [`put_tracker`](Machine::put_tracker) gives it back.
+    /// Waits for a short time if the checkpoints of the last migration are just ending.
     pub(super) fn take_tracker(&self) -> Box<dyn DirtyTracker> {
         let guard = self.tracker.lock().unwrap_or_else(|e| e.into_inner());
         let waited = self.tracker_is_back.wait_timeout_while(guard, LAST_MIGRATION, |tracker| tracker.is_none());
         waited.unwrap_or_else(|e| e.into_inner()).0.take().unwrap_or_else(|| Box::new(Absent))
     }
 
-    /// The tracker goes back: as it is if it still tracks for the VMM, else one made for the next
-    /// migration.
+    /// Puts the tracker back. A tracker that still tracks for the VMM is kept. Otherwise a new one
+    /// is made for the next migration.
     pub(super) fn put_tracker(&self, tracker: Box<dyn DirtyTracker>) {
         if tracker.name() == ABSENT {
-            // somebody else has it
+            // another migration has the tracker
             return;
         }
         let tracker = if tracker.is_active() { Ok(tracker) } else { self.make_tracker() };
@@ -683,8 +698,9 @@ impl Machine {
         Ok(Box::new(UnionTracker::new(parts)))
     }
 
-    /// Pages that were written since this was last called, here and wherever else the guest ran
-    /// meanwhile; all of RAM at first. From then on every write is logged.
+    /// Returns the pages that were written since the last call, here and wherever else the guest
+    /// has run meanwhile. The first call returns all of RAM, and every write is logged from then
+    /// on.
     pub(crate) fn dirty_since_last_time(&self) -> Result<PageSet, TrackerError> {
         let mut tracker = self.take_tracker();
         let mut dirty = PageSet::empty(self.pages());
@@ -702,7 +718,7 @@ impl Machine {
         harvested.map(|()| dirty)
     }
 
-    /// Ends the log.
+    /// Stops the dirty log.
     pub(crate) fn stop_log(&self) -> Result<(), TrackerError> {
         let mut tracker = self.take_tracker();
         let stopped = tracker.stop();
@@ -710,7 +726,8 @@ impl Machine {
         stopped
     }
 
-    /// Goes on with the log of another VMM, which has these pages, while no vCPU runs.
+    /// Continues the dirty log of another VMM, which contains the pages `dirty`, while no vCPU
+    /// runs.
     pub(super) fn continue_log(&self, dirty: &PageSet) -> Result<(), TrackerError> {
         let mut tracker = self.take_tracker();
         // a tracker may begin with all pages dirty; nothing writes yet
@@ -722,24 +739,25 @@ impl Machine {
     }
 }
 
-/// Harvests, and re-arms at once what is re-armed page by page.
+/// Harvests dirty pages, and immediately re-arms a tracker that is re-armed page by page.
 fn harvest_anew(tracker: &mut dyn DirtyTracker, dirty: &mut PageSet) -> Result<(), TrackerError> {
     tracker.harvest(dirty)?;
     let Some(rearm) = tracker.rearm() else { return Ok(()) };
     dirty.ranges().try_for_each(|range| rearm.before_read(range, dirty))
 }
 
-/// What the balloon does with the pages that the guest does not need.
+/// Returns the function with which the balloon discards the pages that the guest does not need.
 fn discard(ram: Arc<MappedRam>, pager: Arc<OnceLock<Arc<UserFaultPager>>>) -> Discard {
     Box::new(move |runs| {
-        // a huge page that is given back may be somebody else's when the guest wants it again
+        // another process may have taken a huge page that was given back when the guest needs it
+        // again
         let may = ram.backing() != Backing::Hugetlb && pager.get().is_none_or(|pager| pager.missing() == 0);
         let runs = if may { runs } else { &[] };
         runs.iter().try_for_each(|&run| ram.discard(run)).map_err(describe)
     })
 }
 
-/// In place of a tracker that another migration has.
+/// The replacement for a tracker that another migration has.
 pub(super) struct Absent;
 
 const ABSENT: &str = "none";
@@ -774,7 +792,7 @@ impl DirtyTracker for Absent {
     fn mark_dirty(&mut self, _pages: &PageSet) {}
 }
 
-/// KVM, unless it is missing, closed, or not wanted.
+/// Opens KVM, unless it is missing, not accessible, or not wanted.
 fn open_kvm() -> Result<Kvm, String> {
     if std::env::var_os("MINIVMM_SOFTWARE_GUEST").is_some() {
         return Err("MINIVMM_SOFTWARE_GUEST is set".into());
@@ -782,7 +800,7 @@ fn open_kvm() -> Result<Kvm, String> {
     Kvm::new().map_err(|e| format!("/dev/kvm cannot be used: {e}"))
 }
 
-/// Frequency of the TSC that guests on this host see.
+/// Returns the frequency, in kHz, of the TSC that guests on this host see.
 pub(crate) fn host_tsc_khz() -> Option<u64> {
     let vm = open_kvm().ok()?.create_vm().ok()?;
     vm.create_vcpu(0).ok()?.get_tsc_khz().ok().map(u64::from)

@@ -1,4 +1,4 @@
-//! What saving and loading this VM's state took before: the next time takes about as much.
+//! The measured times of saving and loading this VM's state. The next time takes about as long.
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
@@ -10,8 +10,8 @@ use migration_core::{
     vm::{SectionEstimate, StateEstimate},
 };
 
-/// Figures of one VM. Migrations and snapshots that end without a hand-over leave them behind, and
-/// so does an attempt to receive the VM.
+/// The measurements of one VM. Migrations and snapshots that end without a hand-over record them,
+/// and so does an attempt to receive the VM.
 #[derive(Default)]
 pub(super) struct Measured(Mutex<Figures>);
 
@@ -22,8 +22,8 @@ struct Figures {
 }
 
 impl Measured {
-    /// The processors' part of the state was `state`; with the devices' part it took `time` to
-    /// save.
+    /// Records that saving the state took `time`, including the devices. `state` is the processors'
+    /// part of the state.
     pub(super) fn saved(&self, state: &VmState, time: Duration) {
         let sections = state.sections.iter();
         let sections = sections.map(|section| SectionEstimate {
@@ -34,20 +34,20 @@ impl Measured {
         self.figures().saved = Some(StateEstimate { sections: sections.collect(), save_time: Some(time) });
     }
 
-    /// It took `time` to load the state. The shortest one counts: in post-copy others wait for a
-    /// page meanwhile, and that is not what loading takes.
+    /// Records that loading the state took `time`. The shortest time counts, because in post-copy
+    /// other threads wait for pages meanwhile, and that is not part of loading.
     pub(super) fn loaded(&self, time: Duration) {
         let mut figures = self.figures();
         figures.loaded = Some(figures.loaded.map_or(time, |before| before.min(time)));
     }
 
-    /// The last time that the state was saved, if it was: the processors' sections, and the time of
-    /// all.
+    /// Returns the last save, if there was one: the sizes of the processors' sections, and the time
+    /// for the whole state.
     pub(super) fn last_save(&self) -> Option<StateEstimate> {
         self.figures().saved.clone()
     }
 
-    /// How long loading takes, if that is known.
+    /// Returns the time that loading takes, if it is known.
     pub(super) fn load_time(&self) -> Option<Duration> {
         self.figures().loaded
     }

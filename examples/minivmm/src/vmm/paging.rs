@@ -1,4 +1,4 @@
-//! Cold pages of a machine that is at home here: they are in page stores until the guest touches
+//! Cold pages of a machine that is at home here. They are in page stores until the guest touches
 //! them.
 
 use std::{
@@ -28,15 +28,15 @@ use super::{
 };
 use crate::vm::GuestError;
 
-/// How long it is tried to read all pages back when there is no limit any more. Those that have not
-/// come by then come when they are touched.
+/// The longest time for which pages are read back after the limit was removed. A page that is not
+/// back by then is read when the guest touches it.
 const BRING_BACK: Duration = Duration::from_secs(600);
 
-/// Where a machine's cold pages go.
+/// The destination of a machine's cold pages.
 pub(crate) struct ColdPages {
-    /// Each of these stores gets every page.
+    /// The stores. Every page goes into each of them.
     pub(crate) stores: Vec<Arc<dyn PageStore>>,
-    /// Who answers for them.
+    /// The owner that the stores record for the pages.
     pub(crate) owner: Owner,
     /// The limit of resident memory at the start.
     pub(crate) limit: ResidentLimit,
@@ -45,7 +45,7 @@ pub(crate) struct ColdPages {
 /// The swapper of a machine.
 pub(super) struct Paging {
     pub(super) swapper: Arc<Swapper>,
-    /// They end with this, and before if the guest has gone.
+    /// The threads of the swapper. They end when this is dropped, or earlier if the guest has left.
     threads: Mutex<Option<SwapperThreads>>,
 }
 
@@ -57,7 +57,7 @@ impl Paging {
 }
 
 impl Machine {
-    /// Has cold pages of the guest, which does not run yet, put into page stores from now on.
+    /// Puts cold pages of the guest into page stores from now on.
     pub(crate) fn page_out(&self, cold: ColdPages) -> Result<(), MachineError> {
         let ColdPages { stores, owner, limit } = cold;
         let fault = match &self.fault {
@@ -75,22 +75,23 @@ impl Machine {
         };
         let swapper = Swapper::new(parts, SwapperOptions { limit, ..SwapperOptions::default() });
         let swapper = Arc::new(swapper.map_err(machine_error)?);
-        // `status` looks at it, also in the pause
+        // `status` reads this page, also in the pause of a migration, so it is never evicted
         let mut pinned = PageSet::empty(self.pages());
         self.ram.layout().page_of(BOARD).into_iter().for_each(|page| pinned.insert_range(PageRange::new(page, 1)));
         swapper.set_pinned(pinned);
         let threads = swapper.start(&LinuxSpawner::default(), GuestImpact::Balanced).map_err(machine_error)?;
-        // it is called once
+        // this is called once, so the cell is empty
         let _ = self.paging.set(Paging { swapper, threads: Mutex::new(Some(threads)) });
         Ok(())
     }
 
-    /// Returns how the memory stands, if cold pages go to page stores.
+    /// Returns the state of paging, or `None` if cold pages go to no page store.
     pub(crate) fn paging(&self) -> Option<PagingStatus> {
         self.paging.get().map(|paging| paging.swapper.status())
     }
 
-    /// Changes the limit of resident memory. Without one, all pages are read back meanwhile.
+    /// Changes the limit of resident memory. Without a limit, all pages are read back in the
+    /// background.
     pub(crate) fn set_resident_limit(&self, limit: ResidentLimit) -> Result<(), GuestError> {
         let swapper = self.paging.get().ok_or(GuestError::NotPaged)?.swapper.clone();
         swapper.set_limit(limit);
@@ -106,24 +107,25 @@ impl Machine {
         started.map(drop).map_err(GuestError::NotBack)
     }
 
-    /// No page is evicted as long as the returned value lives; `None` if none ever is.
+    /// Returns a guard that prevents evictions while it lives. Returns `None` if the machine never
+    /// evicts pages.
     pub(super) fn hold_pages(&self) -> Option<Result<Held, String>> {
         self.paging.get().map(|paging| paging.swapper.hold().map_err(describe))
     }
 
-    /// Returns how many pages are only in page stores.
+    /// Returns the number of pages that are only in page stores.
     pub(super) fn cold_pages(&self) -> u64 {
         self.paging.get().map_or(0, |paging| paging.swapper.map().read(|map| map.in_store().len()))
     }
 
-    /// The guest has gone to another host, which has the pages that are in stores.
+    /// Ends paging after the guest has left for another host, which uses the pages in the stores.
     pub(super) fn end_paging(&self) {
         if let Some(paging) = self.paging.get() {
             paging.stop();
         }
     }
 
-    /// The guest has ended: nobody needs its pages.
+    /// Removes all pages from the stores after the guest has ended, because nobody needs them.
     pub(crate) fn forget_cold_pages(&self) {
         let Some(paging) = self.paging.get() else { return };
         for error in paging.swapper.forget_all() {

@@ -1,4 +1,4 @@
-//! The glue for fail-safe post-copy, beside that of every migration.
+//! The glue for fail-safe post-copy, in addition to the glue of every migration.
 
 use bytes::Bytes;
 use migration_core::{
@@ -10,13 +10,13 @@ use migration_kvm::fence::ProcessIdentity;
 
 use super::MachineSource;
 
-/// Who a fence has to end.
+/// Returns the identity of the process that a fence must end.
 pub(super) fn identity() -> Bytes {
-    // without it no fence can: the VM waits then
+    // without the identity no fence can end the process, and the VM waits
     ProcessIdentity::own().map(|own| own.encode().into()).unwrap_or_default()
 }
 
-/// Checkpoints are taken as a migration would take the machine away.
+/// Takes checkpoints with the steps by which a migration moves the machine away.
 impl CheckpointedVm for MachineSource {
     fn tracker(&mut self) -> &mut dyn DirtyTracker {
         &mut *self.tracker

@@ -1,7 +1,7 @@
 //! A software guest, for hosts without KVM: threads that write the same RAM, keep the same board,
-//! and migrate through the same traits. It executes no guest code: of the workload that was asked
-//! for it does what matters to a migration, writes to so many pages at such a rate, and checks that
-//! each page still holds what was written there last.
+//! and migrate through the same traits. It executes no guest code. Of the requested workload it
+//! does only what matters to a migration: it writes the same number of pages at the same rate, and
+//! checks that each page still holds what was last written there.
 
 use std::{
     io,
@@ -36,34 +36,37 @@ use super::machine::Processors;
 
 const PLAN_SECTION: &str = "software";
 const CPU_SECTION: &str = "software-cpu";
-/// Version of both sections.
+/// The version of both sections.
 const VERSION: u32 = 2;
-/// Ticks a microsecond, the software guest's time stamp counter.
+/// The frequency of the software guest's time stamp counter, in ticks per microsecond.
 const TICKS_PER_US: u64 = 1000;
-/// The first page that workloads use; below lie the board and what a kernel would have.
+/// The first page that workloads use. Below it lie the board and the pages that a kernel would
+/// have.
 const FIRST_PAGE: u64 = (4 << 20) / PAGE_SIZE as u64;
-/// Pages that a thread writes before it rests, if its workload runs at full speed.
+/// The number of pages that a thread writes before it rests, if its workload runs at full speed.
 const BURST: u64 = 16;
-/// More steps than any thread ever does, and far from wrapping around.
+/// A bound of the steps of a thread. It is more than any thread ever does, and far from an
+/// overflow.
 const MAX_STEPS: u64 = 1 << 60;
-/// How long it rests: a fast loop would leave no core for the migration that it is to show.
+/// The rest of a thread between bursts. A fast loop would leave no core for the migration that the
+/// guest is to demonstrate.
 const REST: Duration = Duration::from_micros(50);
 
-/// What the threads do; travels with their state. The workloads of the real guest, reduced to what
-/// pages they write how fast.
+/// The work of the threads, which moves with their state. It reduces the workloads of the real
+/// guest to the pages that they write and the rate.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Plan {
-    /// Where the first thread's pages begin, by page number; the next thread's follow.
+    /// The page number of the first thread's first page. The pages of the other threads follow.
     first: u64,
-    /// Pages of each thread; 0: it only beats.
+    /// The number of pages of each thread. With 0, a thread only counts heartbeats.
     pages: u64,
-    /// Pages written a second, by all threads; 0: at full speed.
+    /// The number of pages that all threads together write per second. 0 means full speed.
     per_second: u64,
 }
 
 impl Plan {
-    /// The plan for a workload, and how many pages from [`FIRST_PAGE`] on are to be filled with its
-    /// data.
+    /// Returns the plan for a workload, and the number of pages from [`FIRST_PAGE`] on that are to
+    /// be filled with the workload's data.
     fn of(spec: &str, cpus: u64, ram_pages: u64) -> Result<(Self, u64), String> {
         let spec = Spec::parse(spec).map_err(|_| "the workload is not known".to_owned())?;
         let free = ram_pages.saturating_sub(FIRST_PAGE);
@@ -88,7 +91,7 @@ impl Plan {
     }
 }
 
-/// Where a thread's figures lie on the board.
+/// Returns the address of a thread's figures on the board.
 fn record(cpu: usize) -> u64 {
     layout::BOARD_ADDRESS + (board::RECORDS + cpu * board::RECORD_SIZE) as u64
 }
@@ -98,7 +101,7 @@ struct Control {
     run: bool,
     held: bool,
     exit: bool,
-    /// Which threads do not work.
+    /// Whether each thread has stopped.
     stopped: Vec<bool>,
     throttle: u32,
 }
@@ -111,12 +114,12 @@ impl Control {
 
 struct Shared {
     ram: Arc<MappedRam>,
-    /// Used when the kernel cannot track for us.
+    /// The dirty log for hosts whose kernel cannot track writes of this process.
     bitmap: Arc<DirtyBitmap>,
     control: Mutex<Control>,
     changed: Condvar,
     stop: AtomicBool,
-    /// Steps that each thread has done: its only register.
+    /// The number of steps that each thread has done: its only register.
     steps: Vec<AtomicU64>,
     start: Instant,
 }
@@ -136,7 +139,7 @@ impl Shared {
     fn word(&self, gpa: u64) -> u64 {
         let mut bytes = [0; 8];
         let ram = &self.ram;
-        // every address used here was checked by `Plan::of` or `Plan::fits`
+        // `Plan::of` or `Plan::fits` has checked every address that is used here
         let _ = ram.read(gpa, &mut bytes);
         u64::from_le_bytes(bytes)
     }
@@ -148,14 +151,14 @@ impl Shared {
         self.bitmap.mark(gpa, 8);
     }
 
-    /// Adds to a figure of the thread's record, which nobody else writes.
+    /// Adds to a figure of the thread's record, which no other thread writes.
     fn count(&self, cpu: usize, field: usize, by: u64) {
         let at = record(cpu) + field as u64;
         self.set_word(at, self.word(at).wrapping_add(by));
     }
 
-    /// Writes the next page of the thread's area, after checking that it holds what was written
-    /// there last: the number of times that the thread has gone through its area.
+    /// Writes the next page of the thread's area. Before that, checks that the page holds what was
+    /// last written there: the number of times that the thread has gone through its area.
     fn step(&self, cpu: usize, plan: &Plan) {
         let step = self.steps[cpu].load(Ordering::SeqCst);
         let (lap, page) = (step / plan.pages, step % plan.pages);
@@ -180,7 +183,8 @@ impl Shared {
         let mut bytes = [0; PAGE_SIZE];
         let mut seed = page.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         for word in bytes.chunks_exact_mut(8) {
-            // a xorshift generator; its seed is never 0 here, as no page 0 is filled
+            // This is a xorshift generator. Its seed is never 0 here, because page 0 is never
+            // filled.
             seed ^= seed << 13;
             seed ^= seed >> 7;
             seed ^= seed << 17;
@@ -213,7 +217,7 @@ impl SoftwareProcessors {
             steps: (0..cpus).map(|_| AtomicU64::new(0)).collect(),
             start: Instant::now(),
         });
-        // if a thread cannot be had, dropping this ends those that were started
+        // if a thread cannot be started, dropping this ends those that were started
         let mut started = Self { shared: shared.clone(), threads: Vec::new(), kind, fault };
         for cpu in 0..cpus as usize {
             let shared = shared.clone();
@@ -243,7 +247,7 @@ fn thread_main(cpu: usize, shared: &Shared) {
     }
 }
 
-/// Works until somebody wants the thread to stop.
+/// Works until the thread is to stop.
 fn work(cpu: usize, plan: &Plan, shared: &Shared) {
     let record = record(cpu);
     let per_second = plan.per_second as f64 / shared.steps.len() as f64;
@@ -251,7 +255,7 @@ fn work(cpu: usize, plan: &Plan, shared: &Shared) {
     while !shared.stop.load(Ordering::SeqCst) {
         let now = shared.start.elapsed();
         due = if plan.per_second == 0 { BURST as f64 } else { due + (now - last).as_secs_f64() * per_second };
-        // what a long rest has left undone stays undone, as it would on a CPU
+        // work that a long rest has left undone stays undone, as it would on a CPU
         due = due.min(256.0);
         while plan.pages > 0 && due >= 1.0 && !shared.stop.load(Ordering::Relaxed) {
             shared.step(cpu, plan);
@@ -293,7 +297,7 @@ impl Processors for SoftwareProcessors {
     fn run(&self) {
         let mut control = self.shared.lock();
         control.run = true;
-        // of a thread that was late to stop
+        // this also cancels the stop of a thread that was late to stop
         self.shared.stop.store(!control.may_run(), Ordering::SeqCst);
         self.shared.changed.notify_all();
     }
@@ -307,7 +311,7 @@ impl Processors for SoftwareProcessors {
         let waited = self.shared.changed.wait_timeout_while(control, MAX_WAIT, late);
         let (control, _) = waited.unwrap_or_else(|e| e.into_inner());
         match control.stopped.iter().position(|&stopped| !stopped) {
-            // it waits for a page: there is nothing else that it could wait for
+            // the thread waits for a page, because there is nothing else that it could wait for
             Some(vcpu) => Err(VcpuError::Stuck { vcpu, what: "stop", doing: Doing::Guest }.into()),
             None => Ok(()),
         }
@@ -347,7 +351,7 @@ impl Processors for SoftwareProcessors {
         let [first, pages, per_second] = words(from, PLAN_SECTION, 0)?;
         let plan = Plan { first, pages, per_second };
         let (cpus, ram) = (self.shared.steps.len() as u64, self.shared.ram.layout().pages());
-        // a machine that never got a workload has no plan
+        // a machine that never had a workload has no plan
         if plan != Plan::default() && !plan.fits(cpus, ram) {
             return Err(VmError::new(format!("the software guest's plan does not fit into {ram} pages: {plan:?}")));
         }
@@ -411,7 +415,7 @@ impl Processors for SoftwareProcessors {
     }
 }
 
-/// The words of a section.
+/// Returns the words of a section.
 fn words<const N: usize>(state: &VmState, name: &str, instance: u32) -> Result<[u64; N], VmError> {
     let section = state.find(name, instance);
     let section = section.ok_or_else(|| VmError::new(format!("the state has no section {name} {instance}")))?;
@@ -438,7 +442,7 @@ impl Drop for SoftwareProcessors {
             if thread.is_finished() {
                 let _ = thread.join();
             } else {
-                // it waits for a page, and has what it may still touch
+                // the thread waits for a page, and keeps everything that it may still touch
                 log!("the thread of software CPU {cpu} does not end, and is left behind");
             }
         }

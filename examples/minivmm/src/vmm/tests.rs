@@ -1,4 +1,5 @@
-//! The machine at work inside one process: it boots, stops, moves to a second machine and goes on.
+//! Tests of the machine inside one process: it boots, stops, moves to a second machine and
+//! continues.
 //!
 //! RAM is copied here by hand, and the traits are called in the engine's order: what fails here is
 //! the VMM's fault, not the engine's. Tests that need KVM say so and pass where it is missing.
@@ -25,7 +26,7 @@ use migration_kvm::{ram::Backing, tracker::TrackerKind};
 use super::{Host, HostOptions, Machine, MachineConfig, MachineSource, SerialTarget, alias::Alias, boot};
 
 const MEMORY: u64 = 64 << 20;
-/// Longest time to wait for what a guest does within milliseconds.
+/// The longest time to wait for what a guest does within milliseconds.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 fn no_kvm() -> bool {
@@ -66,7 +67,7 @@ fn until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// Waits until every CPU has done something more.
+/// Waits until every CPU has done more work.
 #[track_caller]
 fn works(machine: &Machine) {
     let before = board(machine);
@@ -80,7 +81,7 @@ fn works(machine: &Machine) {
     assert_eq!((now.errors, now.first_error), (0, None));
 }
 
-/// A destination.
+/// Returns a destination.
 fn host(serial: SerialTarget) -> Host {
     let backing = Some(Backing::Memfd);
     Host::new(HostOptions { serial, backing, tracker: None, pause_on_loss: false, shared_ram: true, cold: false })
@@ -98,7 +99,7 @@ fn copy_ram(from: &dyn GuestRam, to: &dyn GuestRam) {
     }
 }
 
-/// Moves a machine in the engine's order; the destination's.
+/// Moves a machine in the engine's order. Returns the destination's machine.
 fn migrate(source: &mut MachineSource, serial: SerialTarget) -> Arc<Machine> {
     let mut vm = host(serial).build(&source.describe().unwrap()).unwrap();
     source.pause().unwrap();
@@ -156,7 +157,7 @@ fn estimates_go_by_what_saving_and_loading_took_before() {
     let guessed = source.estimate_state().unwrap();
     source.pause().unwrap();
     let state = source.save_state().unwrap();
-    // as when a snapshot was taken, or a migration has failed
+    // as after a snapshot, or after a migration that has failed
     source.resume().unwrap();
     let estimate = source.estimate_state().unwrap();
     assert_ne!(estimate.save_time, guessed.save_time);
@@ -176,7 +177,7 @@ fn estimates_go_by_what_saving_and_loading_took_before() {
     drop(vm);
     let again = host.build(&description).unwrap().estimate_load();
     assert_ne!(again, guessed);
-    // of another VM nothing is known
+    // nothing is known about another VM
     let mut other = MachineSource::new(software(1, "idle:data=1M"));
     assert_eq!(host.build(&other.describe().unwrap()).unwrap().estimate_load(), guessed);
 }
@@ -241,7 +242,7 @@ fn a_failed_attempt_gives_everything_back() {
         let ram = Arc::downgrade(&vm.ram());
         source.throttle(50).unwrap();
         source.pause().unwrap();
-        // a user's wish in the middle of a hand-over
+        // requests of a user in the middle of a hand-over
         assert!(machine.resume_by_user().is_err() && machine.pause_by_user().is_err());
         let mut state = source.save_state().unwrap();
         state.sections.truncate(1);
@@ -254,7 +255,7 @@ fn a_failed_attempt_gives_everything_back() {
         drop(source);
         works(&machine);
     }
-    // other tests of this process do not throttle for as long as this waits
+    // no other test of this process throttles for as long as this waits
     until("the throttle's thread ends", || threads() == 0);
 }
 
@@ -287,7 +288,7 @@ fn a_throttle_slows_the_guest_and_delays_no_pause() {
         thread::sleep(Duration::from_millis(300));
         board(&machine).operations - before
     };
-    // on a busy host a single look may show anything
+    // on a busy host a single measurement may give any result
     until("a throttled guest does less", || {
         let (free, throttled) = (share(0), share(95));
         throttled > 0 && throttled < free / 3
@@ -303,8 +304,8 @@ fn a_throttle_slows_the_guest_and_delays_no_pause() {
     works(&machine);
 }
 
-/// An ELF with one segment at `address` and `notes` PVH notes, each in a header of its own, after
-/// one of another kind.
+/// Returns an ELF with one segment at `address` and `notes` PVH notes, each in a header of its own,
+/// after a note of another kind.
 fn elf(code: &[u8], address: u64, notes: usize) -> Vec<u8> {
     let halves = |v: &[u16]| v.iter().flat_map(|h| h.to_le_bytes()).collect::<Vec<_>>();
     let mut file = b"\x7fELF\x02\x01\x01".to_vec();
@@ -348,7 +349,7 @@ fn wrong_kernels_are_named_with_what_is_wrong() {
         file[at..at + bytes.len()].copy_from_slice(bytes);
         file
     };
-    // where the first program header has its fields
+    // the offset of the fields of the first program header
     let segment = |field: usize, value: u64| patched(64 + field, &value.to_le_bytes());
     for (file, why) in [
         (vec![], "ELF header"),
@@ -372,7 +373,7 @@ fn wrong_kernels_are_named_with_what_is_wrong() {
         let error = load(&file).unwrap_err();
         assert!(error.contains("a file") && error.contains(why), "{error}: not {why}");
     }
-    // whatever is cut off, whatever byte is wrong: an answer
+    // whichever part is missing and whichever byte is wrong, the loader returns
     for at in 0..0x520 {
         let _ = load(&good[..at]);
         let _ = load(&patched(at, &[0xff]));
@@ -385,7 +386,7 @@ fn a_triple_fault_ends_the_machine() {
         return;
     }
     let machine = Machine::new(config(2), &SerialTarget::Null).unwrap();
-    // lidt [the zeros behind]; ud2
+    // lidt [the zeros after the code]; ud2
     let mut code = vec![0x0f, 0x01, 0x1d];
     code.extend((CODE as u32 + 16).to_le_bytes());
     code.extend([0x0f, 0x0b]);
@@ -408,7 +409,7 @@ fn vcpus_stop_although_the_signal_was_blocked_by_whoever_started_the_process() {
     if no_kvm() {
         return;
     }
-    // the vCPUs' threads inherit it
+    // the vCPUs' threads inherit the blocked signals
     nix::sys::signal::SigSet::all().thread_block().unwrap();
     let machine = machine(2, "hot:size=4M");
     machine.start(true).unwrap();
@@ -420,7 +421,7 @@ fn vcpus_stop_although_the_signal_was_blocked_by_whoever_started_the_process() {
     works(&machine);
 }
 
-/// A machine of two CPUs, the first of which prints often.
+/// Returns a machine of two CPUs, the first of which prints often.
 fn printing() -> Arc<Machine> {
     let machine = machine(2, "hot:size=4M,serial=1,every=1ms");
     machine.start(true).unwrap();
@@ -447,7 +448,7 @@ fn a_vcpu_that_does_not_stop_fails_the_pause_and_nothing_else() {
         }
     });
     assert!(why.contains("vCPU 0 does not stop within 10 s: it handles a write to port 0x3f8"), "{why}");
-    // a migration fails likewise, and meanwhile whoever asks is answered
+    // a migration fails in the same way, and status requests are answered meanwhile
     let mut source = MachineSource::new(machine.clone());
     let (mut answers, mut refused) = (0, None);
     thread::scope(|scope| {
@@ -463,7 +464,7 @@ fn a_vcpu_that_does_not_stop_fails_the_pause_and_nothing_else() {
     source.resume().unwrap();
     drop(stuck);
     works(&machine);
-    // nothing is left of it
+    // the failed pause has left no effect
     machine.pause_by_user().unwrap();
     assert!(machine.snapshot().paused);
     machine.resume_by_user().unwrap();
@@ -481,7 +482,7 @@ fn a_vcpu_that_does_not_end_holds_nobody_up() {
     until("the first vCPU prints", || machine.pause_by_user().is_err() || machine.resume_by_user().is_err());
     machine.shut_down();
     drop(machine);
-    // what it still has is there for it
+    // what the thread still uses still exists
     drop(stuck);
 }
 
@@ -497,7 +498,7 @@ fn serial_output_that_cannot_be_written_moves_with_the_machine() {
     let target = SerialTarget::from(file.path().to_str().unwrap());
     let second = migrate(&mut MachineSource::new(first.clone()), target);
     say(&second, "in order");
-    // the first one has no business with it any more
+    // the first machine does not write this output any more
     assert_eq!(first.snapshot().warnings.len(), 1);
     assert_eq!(std::fs::read_to_string(file.path()).unwrap(), "not lost, in order");
     assert_eq!(second.snapshot().warnings, Vec::<String>::new());
@@ -508,12 +509,12 @@ fn serial_output_that_nobody_reads_stops_nobody() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("pipe");
     nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    // both ends, so that neither open waits
+    // opened for both directions, so that neither open waits
     let mut reader = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
     let machine =
         Machine::new(MachineConfig { software: true, ..config(1) }, &SerialTarget::from(path.to_str().unwrap()));
     let machine = machine.unwrap();
-    // a pipe takes 64 KiB, as much again waits here
+    // a pipe holds 64 KiB, and the rest waits here
     let text: Vec<u8> = (0..100_000u32).map(|n| b'a' + (n % 23) as u8).collect();
     text.iter().for_each(|&b| machine.bus.write(0x3f8, &[b]));
     assert!(machine.snapshot().warnings.concat().contains("nobody reads it"));
@@ -522,14 +523,15 @@ fn serial_output_that_nobody_reads_stops_nobody() {
         let mut piece = vec![0; 4096];
         let n = reader.read(&mut piece).unwrap();
         read.extend(&piece[..n]);
-        // the next try
+        // a status request makes the next attempt
         machine.snapshot();
     }
     assert!(read == text);
     assert_eq!(machine.snapshot().warnings, Vec::<String>::new());
 }
 
-/// Not a test: figures. `cargo test --release -p minivmm latencies -- --ignored --nocapture`
+/// Not a test: prints measurements. `cargo test --release -p minivmm latencies -- --ignored
+/// --nocapture`
 #[test]
 #[ignore = "measures"]
 fn latencies() {
