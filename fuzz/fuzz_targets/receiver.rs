@@ -1,4 +1,4 @@
-//! The whole receiver under arbitrary bytes on all its lanes.
+//! Fuzzes the whole receiver with arbitrary bytes on all of its lanes.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {

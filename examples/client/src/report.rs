@@ -11,12 +11,12 @@ use migration_core::{
 };
 use serde_json::{Value, json};
 
-/// Returns milliseconds with three decimals.
+/// Returns a time in milliseconds, with three decimals.
 pub fn ms(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e6).round() / 1e3
 }
 
-/// Returns a migration's report: the fields that `docs/` name, and more.
+/// Returns the report of a migration as JSON: the fields that `docs/` name, and more.
 pub fn to_json(report: &Report) -> Value {
     let seconds = report.total.as_secs_f64();
     let mbps = if seconds > 0.0 { report.wire_bytes as f64 * 8.0 / 1e6 / seconds } else { 0.0 };
@@ -34,7 +34,7 @@ pub fn to_json(report: &Report) -> Value {
         "reason": report.reason,
         "epoch": report.epoch,
         "total_ms": ms(report.total),
-        // the source is free when it has ended
+        // the source is free when the migration has ended
         "eviction_ms": (report.outcome == Outcome::Completed).then(|| ms(report.total)),
         "setup_ms": ms(report.setup),
         "prepare_ms": ms(report.setup),
@@ -78,19 +78,19 @@ fn store_to_json(store: &StoreReport) -> Value {
     json!({"name": store.name, "pages": store.pages, "bytes": store.bytes, "failed": store.failed})
 }
 
-/// Returns what a VM still lacks, and where it is.
+/// Returns the missing pages of a VM, and where they are, as JSON.
 pub fn gathering_to_json(gathering: &Gathering) -> Value {
     let Gathering { missing_pages, source, stores, faults } = gathering;
     json!({"missing_pages": missing_pages, "source": source, "stores": stores, "faults": faults})
 }
 
-/// Returns the rounds that are kept one by one: the first and the last ones.
+/// Returns the rounds that are kept individually: the first and the last ones.
 fn rounds_to_json(rounds: &Rounds) -> Vec<Value> {
     let round = |r: &RoundReport| json!({"pages": r.pages, "wire_bytes": r.wire_bytes, "ms": ms(r.time), "throttle_percent": r.throttle_percent});
     rounds.iter().map(round).collect()
 }
 
-/// The rounds between them, put together; null if there are none.
+/// Returns the sum of the rounds between them, or null if there are none.
 fn left_out_to_json(rounds: &Rounds) -> Value {
     let sum = rounds.left_out();
     if sum.count == 0 {
@@ -102,7 +102,7 @@ fn left_out_to_json(rounds: &Rounds) -> Value {
     })
 }
 
-/// What every migration and snapshot has of them.
+/// Returns the page counts that every migration and snapshot has.
 fn pages_to_json(pages: &PageCounts) -> Value {
     json!({
         "total": pages.total, "zero": pages.zero, "hole": pages.hole, "free": pages.free, "plain": pages.plain,
@@ -110,7 +110,7 @@ fn pages_to_json(pages: &PageCounts) -> Value {
     })
 }
 
-/// Returns the report of a snapshot that was taken, or not.
+/// Returns the report of a snapshot, whether the snapshot was taken or not.
 pub fn snapshot_to_json(result: &Result<SnapshotReport, MigrationError>, out: &Path) -> Value {
     let report = match result {
         Ok(report) => report,
@@ -141,7 +141,7 @@ pub fn snapshot_to_json(result: &Result<SnapshotReport, MigrationError>, out: &P
     })
 }
 
-/// Returns the report of a migration that never began.
+/// Returns the report of a migration that did not begin.
 pub fn not_begun(strategy: &str, reason: &str) -> Value {
     json!({
         "strategy": strategy, "outcome": "failed", "reason": reason, "total_ms": null, "eviction_ms": null, "setup_ms": null, "prepare_ms": null,
@@ -150,8 +150,8 @@ pub fn not_begun(strategy: &str, reason: &str) -> Value {
     })
 }
 
-/// Returns the accesses of the guest to pages that took long, in microseconds; null if its workload
-/// does not measure them.
+/// Returns the accesses of the guest to pages that took long, in microseconds, or null if its
+/// workload does not measure them.
 pub fn accesses_to_json(board: &Board) -> Value {
     let Some(accesses) = &board.accesses else { return Value::Null };
     let us = |ticks: u64| (board.time(ticks).as_secs_f64() * 1e7).round() / 10.0;
@@ -183,7 +183,7 @@ fn checkpoints_to_json(counts: &CheckpointCounts) -> Value {
     json!({"protected": counts.protected, "count": counts.count, "bytes": counts.bytes})
 }
 
-/// Returns how far a migration is.
+/// Returns the progress of a migration as JSON.
 pub fn progress_to_json(p: &Progress, checkpoints: &CheckpointCounts) -> Value {
     json!({
         "phase": format!("{:?}", p.phase).to_lowercase(),
@@ -252,7 +252,7 @@ pub fn to_lines(report: &Value) -> String {
     aligned(&rows)
 }
 
-/// Returns names and values in two columns, with two spaces between them at the least.
+/// Returns names and values in two columns, with at least two spaces between them.
 pub fn aligned(rows: &[(String, String)]) -> String {
     let width = rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0) + 2;
     rows.iter().map(|(name, value)| format!("{name:<width$}{value}\n")).collect()

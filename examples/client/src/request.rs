@@ -1,4 +1,4 @@
-//! What a client asks, and the lines of an answer. Each is a JSON object in a line of its own.
+//! The requests of clients, and the lines of an answer. Each is a JSON object on a line of its own.
 
 use std::{ffi::OsString, fmt, path::PathBuf, str::FromStr, time::Duration};
 
@@ -14,83 +14,84 @@ use crate::{
     values::{self, InvalidValue},
 };
 
-/// What a client asks.
+/// A request of a client.
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(tag = "command", rename_all = "kebab-case")]
 pub enum Request {
-    /// What the VM and a migration do.
+    /// Returns the state of the VM and of a migration.
     Status,
-    /// Stop the vCPUs.
+    /// Stops the vCPUs.
     Pause,
-    /// Let them run.
+    /// Lets the vCPUs run.
     Resume,
-    /// Cancel the migration or the snapshot under way.
+    /// Cancels the migration or the snapshot under way.
     Cancel,
-    /// Run the VM that is held here: its source is dead.
+    /// Runs the VM that is held here, because its source is dead.
     Adopt,
-    /// End the process, and the VM with it.
+    /// Ends the process, and the VM with it.
     Quit,
-    /// Copy guest RAM to a file. The server writes the file itself, so that memory does not go
+    /// Copies guest RAM to a file. The server writes the file itself, so that memory does not go
     /// through JSON.
     Memory {
-        /// Guest physical address.
+        /// The guest physical address.
         gpa: u64,
-        /// Bytes.
+        /// The number of bytes.
         len: u64,
-        /// The file.
+        /// The path of the file.
         out: PathBuf,
     },
-    /// Take a snapshot.
+    /// Takes a snapshot.
     Snapshot(SnapshotRequest),
-    /// Move the VM.
+    /// Moves the VM.
     Migrate(Box<MigrateRequest>),
-    /// Replace the VMM under its VM.
+    /// Replaces the VMM while its VM runs.
     Refresh(Plan),
-    /// What a borrower has to know of the VM's home.
+    /// Returns what a borrower must know about the VM's home.
     Place,
-    /// From a borrower: it wants the guest.
+    /// From a borrower: requests the guest.
     Lend(LendRequest),
-    /// To a borrower: the guest's home wants it back.
+    /// To a borrower: requests the guest for its home.
     GiveBack,
-    /// From a borrower: it does not need the dirty log any more.
+    /// From a borrower: stops the dirty log, which the borrower does not need any more.
     StopLog,
-    /// From a borrower: the guest will not come back.
+    /// From a borrower: reports that the guest will not come back.
     Gone {
-        /// The report of the guest's last move.
+        /// The report of the guest's last migration.
         report: Value,
-        /// The exit status that the home's process ends with.
+        /// The exit status with which the home's process ends.
         status: u8,
     },
-    /// From a borrower: the guest may run there from now on, or only at the borrower.
+    /// From a borrower: reports that the guest may run elsewhere from now on, or only at the
+    /// borrower.
     Elsewhere {
-        /// The destination's address.
+        /// The address of the destination. `None` if the guest runs only at the borrower.
         to: Option<String>,
     },
-    /// From a borrower: a whole snapshot.
+    /// From a borrower: reports a complete snapshot.
     Saved {
         /// The snapshot.
         snapshot: Saved,
     },
-    /// Switch the migration under way to post-copy.
+    /// Switches the migration under way to post-copy.
     PostCopy,
-    /// Switch the migration under way over now.
+    /// Switches over the migration under way now.
     SwitchOver,
-    /// Change the limits of the migration under way. What is not given stays as it is.
+    /// Changes the limits of the migration under way. A limit that is not given stays unchanged.
     Tune {
-        /// Bits a second; 0 for no limit.
+        /// The bandwidth limit in bits per second; 0 for no limit.
         bandwidth_bits: Option<u64>,
-        /// The longest downtime that is acceptable.
+        /// The longest acceptable downtime in microseconds.
         downtime_limit_us: Option<u64>,
     },
-    /// Change how much of the RAM stays resident.
+    /// Changes how much of the RAM stays resident.
     ResidentLimit {
         /// The limit.
         #[serde(with = "as_text")]
         limit: ResidentLimit,
     },
-    /// Reconnect to the destination, and wait for the end of the migration.
+    /// Reconnects to the destination, and waits for the end of the migration.
     Recover {
-        /// Where the destination listens.
+        /// The address at which the destination listens.
         #[serde(with = "as_text")]
         to: Address,
         /// Whether the client wants progress.
@@ -98,16 +99,16 @@ pub enum Request {
     },
 }
 
-/// Everything about a snapshot. The server writes the file itself.
+/// The options of a snapshot. The server writes the file itself.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct SnapshotRequest {
-    /// The file.
+    /// The path of the file.
     pub out: PathBuf,
-    /// The longest pause that is acceptable.
+    /// The longest acceptable pause.
     #[serde(rename = "downtime_limit_us", with = "micros")]
     pub downtime_limit: Duration,
-    /// After this time the guest is paused for as long as it takes; zero to go on as long as that
-    /// helps.
+    /// The time after which the guest is paused for as long as the snapshot takes. With zero, the
+    /// snapshot continues while further passes shorten the pause.
     #[serde(rename = "timeout_us", with = "micros")]
     pub timeout: Duration,
     /// How much the guest may be disturbed.
@@ -116,67 +117,67 @@ pub struct SnapshotRequest {
     pub progress: bool,
 }
 
-/// Everything about a migration.
+/// The options of a migration.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct MigrateRequest {
-    /// Where the destination listens.
+    /// The address at which the destination listens.
     #[serde(with = "as_text")]
     pub to: Address,
-    /// How the VM moves.
+    /// The strategy.
     #[serde(with = "as_text")]
     pub strategy: StrategyKind,
-    /// Connections for pages.
+    /// The number of connections for pages.
     pub streams: u16,
-    /// The longest downtime that is acceptable.
+    /// The longest acceptable downtime.
     #[serde(rename = "downtime_limit_us", with = "micros")]
     pub downtime_limit: Duration,
-    /// The longest silence of the destination in the pause.
+    /// The longest time without data from the destination in the pause.
     #[serde(rename = "pause_limit_us", with = "optional_micros", default)]
     pub pause_limit: Option<Duration>,
     /// The longest pause.
     #[serde(rename = "pause_total_us", with = "optional_micros", default)]
     pub pause_total: Option<Duration>,
-    /// Most bandwidth.
+    /// The bandwidth limit.
     #[serde(rename = "bandwidth_bits", with = "values::bits")]
     pub bandwidth: Bandwidth,
-    /// How long it may take until the hand-over; zero for ever.
+    /// The time limit until the hand-over; zero for no limit.
     #[serde(rename = "timeout_us", with = "micros")]
     pub timeout: Duration,
-    /// What happens then.
+    /// The action after the time limit.
     pub on_timeout: TimeoutAction,
-    /// How long the destination may take until it has built the VM. Clients of before this option
-    /// do not send it.
+    /// The longest time until the destination has built the VM. Clients older than this option do
+    /// not send it.
     #[serde(rename = "setup_timeout_us", with = "micros", default = "default_setup_timeout")]
     pub setup_timeout: Duration,
-    /// In which order post-copy pushes pages, by its name. The server knows the names: a program
-    /// that is built with the library may have orders of its own.
+    /// The name of the order in which post-copy pushes pages. The server knows the names, because a
+    /// program that is built with the library may have orders of its own.
     pub push_order: String,
-    /// Connections for pages that the guest waits for; 0 rules post-copy out.
+    /// The number of connections for pages for which the guest waits; 0 excludes post-copy.
     pub demand_lanes: u16,
-    /// Whether a fault on a transparent huge page fetches all of it.
+    /// Whether a fault on a transparent huge page fetches the whole huge page.
     pub whole_huge_pages: bool,
-    /// How the VM is protected in post-copy.
+    /// The protection of the VM in post-copy.
     pub fail_safe: Option<Protect>,
     /// How much the guest may be disturbed.
     pub impact: Impact,
     /// Whether page data has a checksum of its own.
     pub checksum: bool,
-    /// How it is encrypted. The server reads the keys.
+    /// The encryption. The server reads the keys.
     pub encryption: Encryption,
-    /// Through which page stores pages go. Clients of before this option do not send it.
+    /// The page stores through which pages go. Clients older than this option do not send it.
     #[serde(default)]
     pub page_stores: PageStoreOptions,
     /// Whether the client wants progress.
     pub progress: bool,
 }
 
-/// A request of a client that does not know the option.
+/// Returns the value for a request of a client that does not know the option.
 fn default_setup_timeout() -> Duration {
     Duration::from_secs(60)
 }
 
 impl MigrateRequest {
-    /// Returns a request without limits or choices, and not encrypted.
+    /// Returns a request without limits or choices, and without encryption.
     pub fn plain(to: Address, strategy: StrategyKind, streams: u16) -> Self {
         Self {
             to,
@@ -202,27 +203,27 @@ impl MigrateRequest {
     }
 }
 
-/// How a VM moves, as users write it.
+/// A strategy as users write it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StrategyKind {
-    /// Rounds of pages while the guest runs.
+    /// Pre-copy: pages are sent in rounds while the guest runs.
     PreCopy,
-    /// The guest is paused while everything moves.
+    /// Stop-and-copy: the guest is paused while everything is sent.
     StopAndCopy,
-    /// The guest moves first, its pages follow.
+    /// Post-copy: the guest moves first, and its pages follow.
     PostCopy,
     /// Rounds of pre-copy, then post-copy.
     Hybrid {
         /// The number of rounds.
         rounds: u32,
     },
-    /// To a process of this host that takes over RAM where it is.
+    /// A hand-over to a process of this host, which takes over the RAM in place.
     HandOver,
-    /// One round of the resident pages, then post-copy; pages in a page store stay there.
+    /// One round of the resident pages, then post-copy. Pages in a page store stay there.
     Agile,
-    /// Post-copy whose pages go through page stores, too, so that the source is soon free.
+    /// Post-copy whose pages also go through page stores, so that the source is free soon.
     ScatterGather {
-        /// In how many stores each page is.
+        /// The number of stores that get each page.
         replicas: usize,
     },
 }
@@ -274,31 +275,31 @@ impl fmt::Display for StrategyKind {
     }
 }
 
-/// How a VM is protected in post-copy.
+/// The protection of a VM in post-copy.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Protect {
-    /// Against the death of the destination.
+    /// Whether the VM is protected against the death of its destination.
     pub reverse: bool,
-    /// Against that of the source.
+    /// Whether the VM is protected against the death of its source.
     pub forward: bool,
-    /// From one checkpoint to the next, in microseconds.
+    /// The time from one checkpoint to the next, in microseconds.
     pub interval_us: u64,
-    /// Without a link for so many microseconds, the other side counts as dead.
+    /// The time without a link after which the other side counts as dead, in microseconds.
     pub detect_us: u64,
-    /// Where checkpoints are kept: for forward ones, where the destination has them too. Else in
-    /// memory.
+    /// The folder for checkpoints. For forward checkpoints, the destination must have the folder,
+    /// too. `None` keeps checkpoints in memory.
     pub dir: Option<PathBuf>,
 }
 
-/// What happens when a migration takes longer than its time-out.
+/// The action when a migration takes longer than its time limit.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum TimeoutAction {
-    /// It is cancelled.
+    /// The migration is cancelled.
     Cancel,
-    /// The guest is paused and all that is left is sent.
+    /// The guest is paused, and everything left is sent.
     Stop,
-    /// It becomes a post-copy.
+    /// The migration becomes a post-copy.
     PostCopy,
 }
 
@@ -318,14 +319,14 @@ impl From<TimeoutAction> for OnTimeout {
 pub enum Impact {
     /// As little as possible.
     Low,
-    /// As is needed for the migration to end.
+    /// As much as the migration needs in order to end.
     Balanced,
     /// As much as makes the migration short.
     Fast,
 }
 
 impl Impact {
-    /// Returns its name in requests and on command lines.
+    /// Returns the name of the value in requests and on command lines.
     pub fn name(self) -> &'static str {
         match self {
             Self::Low => "low",
@@ -345,39 +346,40 @@ impl From<Impact> for GuestImpact {
     }
 }
 
-/// What a borrower of a VM asks of the VM's home.
+/// The request of a borrower to a VM's home.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct LendRequest {
-    /// Where it awaits the guest.
+    /// The address at which the borrower waits for the guest.
     pub to: String,
-    /// Its control socket.
+    /// The control socket of the borrower.
     pub control: PathBuf,
-    /// Which process it asks: another one may be found at the control socket by now. `None` of
-    /// builds that do not say.
+    /// The identity of the process that the request is for, because another process may be at the
+    /// control socket by now. `None` from builds that do not send it.
     #[serde(default)]
     pub lender: Option<Vec<u8>>,
-    /// Which process it is: an encoded `ProcessIdentity`.
+    /// The identity of the borrower: an encoded `ProcessIdentity`.
     pub borrower: Vec<u8>,
-    /// Its process number.
+    /// The process ID of the borrower.
     pub pid: u32,
-    /// In so long it means to have given the guest back; after that it is asked to.
+    /// The time in microseconds within which the borrower intends to give the guest back. After
+    /// this time, the home requests the guest.
     pub within_us: u64,
 }
 
-/// When a VM gets a new VMM.
+/// The condition on which a VM gets a new VMM.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Trigger {
-    /// Again and again, so many microseconds from one to the next.
+    /// Repeatedly, at this interval in microseconds.
     Every(u64),
-    /// When the VMM has more bytes of its own than this.
+    /// When the VMM's own memory exceeds this number of bytes.
     Memory(u64),
 }
 
 impl FromStr for Trigger {
     type Err = InvalidValue;
 
-    /// As in `--when rss>500M`.
+    /// Parses the form of `--when rss>500M`.
     fn from_str(text: &str) -> Result<Self, InvalidValue> {
         let limit = text.strip_prefix("rss>");
         let limit = limit.ok_or_else(|| InvalidValue::new("rss>SIZE is meant, such as rss>500M".into()))?;
@@ -388,23 +390,24 @@ impl FromStr for Trigger {
 /// How and when a VMM is replaced.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct Plan {
-    /// The successor's program; this one's if none is given.
+    /// The program of the successor. `None` for the program of this process.
     pub exec: Option<PathBuf>,
-    /// Now, if there is none. It goes on in the successor.
+    /// The condition, with which the successor continues. `None` replaces the VMM now.
     pub trigger: Option<Trigger>,
 }
 
-/// A snapshot to go on from.
+/// A snapshot from which a VM can be restarted.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(from = "Written", into = "Written")]
 pub struct Saved {
-    /// The snapshot.
+    /// The path of the snapshot.
     pub file: PathBuf,
-    /// The file with the key that it is sealed by, if it is.
+    /// The file with the key that seals the snapshot, if it is sealed.
     pub key: Option<PathBuf>,
 }
 
-/// A plain one as other builds write it, which know no others.
+/// The encoded form of [`Saved`]. A snapshot that is not sealed has the form of other builds, which
+/// know no sealed ones.
 #[derive(Deserialize, Serialize)]
 #[serde(untagged)]
 enum Written {
@@ -431,7 +434,7 @@ impl From<Saved> for Written {
 }
 
 impl Saved {
-    /// Returns it as an argument: a path, which is absolute, or JSON.
+    /// Returns the snapshot as an argument: an absolute path, or JSON.
     ///
     /// # Errors
     /// Returns an error if a path is not Unicode, which JSON cannot carry.
@@ -454,18 +457,18 @@ impl FromStr for Saved {
     }
 }
 
-/// What a client's request says of how it is to be answered. A server that does not know a wish
-/// takes no notice of it.
+/// The wishes of a client about the answer to its request. A server ignores wishes that it does not
+/// know.
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
 pub struct Wishes {
-    /// Whether the client of a request that takes long is to get signs of life.
+    /// Whether the client of a request that takes long wants signs of life.
     #[serde(default)]
     pub alive: bool,
 }
 
 impl Request {
-    /// Returns whether it may take long, as it waits for a guest or copies memory. The server then
-    /// gives signs of life.
+    /// Returns whether the request may take long, because it waits for a guest or copies memory.
+    /// The server then sends signs of life.
     pub fn takes_long(&self) -> bool {
         !matches!(
             self,
@@ -473,7 +476,8 @@ impl Request {
         )
     }
 
-    /// Returns the line of this request, with or without the wish for signs of life.
+    /// Returns the line of this request. With `alive`, the line contains the wish for signs of
+    /// life.
     ///
     /// # Errors
     /// Returns an error if a path is not Unicode, which JSON cannot carry.
@@ -492,18 +496,18 @@ impl Request {
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Answer {
-    /// How far a migration is; more lines follow.
+    /// The progress of a migration. More lines follow.
     Progress(Value),
-    /// The request is being worked on; more lines follow. Only for a client that has
-    /// [asked](Wishes::alive) for it: others do not know this line.
+    /// A sign that the server works on the request. More lines follow. Sent only to a client that
+    /// has [asked](Wishes::alive) for it, because other clients do not know this line.
     Alive,
-    /// The result; the last line.
+    /// The result. This is the last line.
     Done(Value),
-    /// What failed; the last line.
+    /// The reason of a failure. This is the last line.
     Failed(String),
 }
 
-/// A value in the form in which command lines have it.
+/// Encodes a value as the text that command lines contain.
 mod as_text {
     use std::{fmt::Display, str::FromStr};
 
@@ -523,7 +527,7 @@ mod as_text {
     }
 }
 
-/// A time in whole microseconds.
+/// Encodes a time as whole microseconds.
 mod micros {
     use std::time::Duration;
 
@@ -538,7 +542,7 @@ mod micros {
     }
 }
 
-/// A time in whole microseconds, or null.
+/// Encodes a time as whole microseconds, or as null.
 mod optional_micros {
     use std::time::Duration;
 
@@ -563,7 +567,7 @@ mod tests {
         MigrateRequest::plain("unix:/x".parse().unwrap(), StrategyKind::Hybrid { rounds: 3 }, 3)
     }
 
-    /// One of each kind that takes long.
+    /// Returns one request of each kind that takes long.
     fn requests() -> Vec<Request> {
         let snapshot = SnapshotRequest {
             out: "s".into(),
@@ -593,7 +597,7 @@ mod tests {
             let line = request.line(true).unwrap();
             let value: Value = serde_json::from_slice(&line).unwrap();
             assert_eq!(value["alive"], true);
-            // as an earlier server reads it
+            // an earlier server reads the line so
             let read: Request = serde_json::from_slice(&line).unwrap();
             assert_eq!(format!("{read:?}"), format!("{request:?}"));
             assert!(serde_json::from_slice::<Wishes>(&line).unwrap().alive);
@@ -625,7 +629,7 @@ mod tests {
             "progress": false,
         });
         assert_eq!(json, expected);
-        // as a client of before some options writes it
+        // a client older than some options writes it so
         let mut earlier = expected;
         let fields = earlier.as_object_mut().unwrap();
         for field in ["setup_timeout_us", "pause_limit_us", "pause_total_us", "page_stores"] {

@@ -1,8 +1,8 @@
-//! The server's end of a control socket: a thread for each client, bounds for clients that say
-//! nothing, and an answer for those that cannot be served.
+//! The server's end of a control socket: a thread for each client, limits for clients that send
+//! nothing, and an answer for clients that cannot be served.
 //!
-//! When the process has no descriptor or no thread left, a client is told so and let go. For that a
-//! descriptor is kept in reserve ([`Shortage`]).
+//! When the process has no descriptor or no thread left, a client gets an error and its connection
+//! is closed. A descriptor is kept in reserve for that ([`Shortage`]).
 
 use std::{
     collections::VecDeque,
@@ -25,40 +25,41 @@ use serde_json::Value;
 
 use crate::{Answer, Request, Wishes};
 
-/// Longest request line: a request is a few hundred bytes.
+/// The longest request line in bytes. A request has a few hundred bytes.
 const MAX_REQUEST: u64 = 64 << 10;
-/// How often a client of a long request gets a sign of life: several times within the shortest
-/// patience that makes sense.
+/// The interval at which a client of a long request gets a sign of life: several times within the
+/// shortest time limit that is useful for a client.
 const ALIVE_EVERY: Duration = Duration::from_secs(1);
 
-/// What does what clients ask.
+/// The part of a server that handles the requests of clients.
 pub trait Serve: Send + Sync + 'static {
-    /// A request has come; [`answered`](Self::answered) follows when its client has the answer, or
-    /// has gone.
+    /// Records that a request has arrived. [`answered`](Self::answered) follows when its client has
+    /// the answer, or has gone.
     fn asked(&self);
 
-    /// Does what a client asks, and returns the result, or what failed. Each value that is passed
-    /// to `progress` goes to the client at once.
+    /// Handles a request, and returns the result or the reason of a failure. Each value that is
+    /// passed to `progress` is sent to the client immediately.
     ///
     /// # Errors
-    /// Returns an error if it fails, the reason for the client.
+    /// Returns an error if the request fails. The error is the reason for the client.
     fn handle(self: &Arc<Self>, request: Request, progress: &mut dyn FnMut(Value)) -> Result<Value, String>;
 
-    /// The client of [`Request::Quit`] has its answer.
+    /// Ends the server. Called when the client of [`Request::Quit`] has its answer.
     fn quit(&self);
 
-    /// A client has its answer.
+    /// Records that a client has its answer, or has gone.
     fn answered(&self);
 }
 
-/// Bounds for the clients of a control socket.
+/// Limits for the clients of a control socket.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Most clients at once, those included that wait for the end of a migration.
+    /// The most clients at once, including those that wait for the end of a migration.
     pub clients: usize,
-    /// Of these, most that have not sent their request yet. Beyond it the oldest one is let go.
+    /// The most clients that have not sent their request yet. Beyond this number, the connection of
+    /// the oldest one is closed.
     pub silent: usize,
-    /// The longest time until a request is there, and the longest time in which a client takes
+    /// The longest time until a request has arrived, and the longest time in which a client reads
     /// nothing of its answer.
     pub patience: Duration,
 }
@@ -69,21 +70,21 @@ impl Default for Limits {
     }
 }
 
-/// The longest time that a client which is refused has to send its request: one that writes to a
-/// closed socket would not read why.
+/// The longest time in which a refused client may send its request. A client that writes to a
+/// closed socket would not read the reason.
 const LAST_REQUEST: Duration = Duration::from_millis(200);
-/// Clients that are refused are written about this often at most.
+/// The shortest interval between two log lines about refused clients.
 const TELL_AGAIN: Duration = Duration::from_secs(10);
 
 /// The clients that are served.
 struct Clients {
     limits: Limits,
     count: AtomicUsize,
-    /// Those that have not sent their request yet, the oldest one first.
+    /// The clients that have not sent their request yet, the oldest one first.
     silent: Mutex<VecDeque<Arc<UnixStream>>>,
 }
 
-/// Counts a client for as long as it lives.
+/// Counts a client until this is dropped.
 struct Counted(Arc<Clients>);
 
 impl Drop for Counted {
@@ -92,7 +93,7 @@ impl Drop for Counted {
     }
 }
 
-/// Serves clients until the listener breaks.
+/// Serves clients until the listener fails.
 pub fn serve<S: Serve>(listener: &UnixListener, server: &Arc<S>, limits: Limits) {
     let clients = Arc::new(Clients { limits, count: AtomicUsize::new(0), silent: Mutex::default() });
     if let Err(error) = listener.set_nonblocking(true) {
@@ -122,11 +123,11 @@ pub fn serve<S: Serve>(listener: &UnixListener, server: &Arc<S>, limits: Limits)
 
 impl Clients {
     fn silent(&self) -> MutexGuard<'_, VecDeque<Arc<UnixStream>>> {
-        // a list of whole items
+        // a panic leaves no item incomplete in this list
         self.silent.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Serves a client on a thread of its own, or says why it is not served.
+    /// Serves a client on a separate thread, or returns the reason why the client is not served.
     fn begin<S: Serve>(self: &Arc<Self>, client: UnixStream, server: &Arc<S>) -> Result<(), String> {
         let client = Arc::new(client);
         let mut silent = self.silent();
@@ -147,7 +148,7 @@ impl Clients {
         let counted = Counted(self.clone());
         let (served, server) = (client.clone(), server.clone());
         let body = move || {
-            // a client that went away has nobody to be told
+            // a client that has gone cannot be informed
             let _ = serve_client(&served, &server, &counted.0);
         };
         thread::Builder::new().name("client".into()).spawn(body).map(drop).map_err(|error| {
@@ -158,15 +159,15 @@ impl Clients {
         })
     }
 
-    /// This client is silent no more.
+    /// Removes a client from those that have not sent their request yet.
     fn heard(&self, client: &Arc<UnixStream>) {
         self.silent().retain(|other| !Arc::ptr_eq(other, client));
     }
 }
 
-/// Says why, and closes the connection for both sides.
+/// Sends the reason, and closes the connection in both directions.
 fn let_go(client: &UnixStream, why: &str) {
-    // best effort: it may have gone
+    // best effort: the client may have gone
     let _ = client.set_write_timeout(Some(LAST_REQUEST)).and_then(|()| say(client, &Answer::Failed(why.into())));
     let _ = client.shutdown(std::net::Shutdown::Both);
 }
@@ -183,7 +184,7 @@ fn say(mut client: &UnixStream, answer: &Answer) -> io::Result<()> {
     client.write_all(&line)
 }
 
-/// Returns the request: a line, or all that comes before the end.
+/// Returns the request: a line, or everything before the end of the stream.
 fn read_request(mut client: &UnixStream, within: Duration) -> io::Result<Vec<u8>> {
     let deadline = Instant::now() + within;
     let (mut line, mut piece) = (Vec::new(), [0; 4096]);
@@ -223,7 +224,7 @@ fn serve_client<S: Serve>(client: &Arc<UnixStream>, server: &Arc<S>, clients: &C
         Ok(request) => request,
         Err(error) => return say(client, &Answer::Failed(format!("not a request: {error}"))),
     };
-    // what is a request is an object
+    // every request is a JSON object
     let wishes: Wishes = serde_json::from_slice(&line).unwrap_or_default();
     let quit = matches!(request, Request::Quit);
     server.asked();
@@ -240,7 +241,7 @@ fn serve_client<S: Serve>(client: &Arc<UnixStream>, server: &Arc<S>, clients: &C
     said
 }
 
-/// Does what is asked, and shows the client of a long request that somebody is at work, if it
+/// Handles a request. Meanwhile sends signs of life to the client of a long request, if the client
 /// wishes that.
 fn handle<S: Serve>(answers: &Answers<'_>, server: &Arc<S>, request: Request, wishes: Wishes) -> Result<Value, String> {
     thread::scope(|scope| {
@@ -248,7 +249,8 @@ fn handle<S: Serve>(answers: &Answers<'_>, server: &Arc<S>, request: Request, wi
         let (_done, ended) = mpsc::channel::<()>();
         if wishes.alive && request.takes_long() {
             let alive = move || {
-                // at once: who is interrupted then knows that the request has arrived
+                // The first one is sent immediately. A client that is interrupted then knows that
+                // its request has arrived.
                 while answers.say(&Answer::Alive) && ended.recv_timeout(ALIVE_EVERY) == Err(RecvTimeoutError::Timeout) {
                 }
             };
@@ -256,21 +258,22 @@ fn handle<S: Serve>(answers: &Answers<'_>, server: &Arc<S>, request: Request, wi
             started.map_err(|error| format!("this minivmm has no thread for the request: {error}"))?;
         }
         server.handle(request, &mut |progress| {
-            // the migration goes on without its client
+            // the migration continues without its client
             let _ = answers.say(&Answer::Progress(progress));
         })
     })
 }
 
-/// Writes answers to a client, from several threads.
+/// Writes answers to a client from several threads.
 struct Answers<'a> {
     client: &'a UnixStream,
-    /// A client that takes nothing for too long has half a line, and no use for another one.
+    /// Whether the client has read nothing for too long. Such a client has half a line, and another
+    /// line would be useless.
     gone: Mutex<bool>,
 }
 
 impl Answers<'_> {
-    /// Returns whether the client has taken it.
+    /// Sends an answer. Returns whether the client has accepted it.
     fn say(&self, answer: &Answer) -> bool {
         let mut gone = self.gone.lock().unwrap_or_else(|e| e.into_inner());
         *gone = *gone || say(self.client, answer).is_err();
@@ -286,7 +289,7 @@ mod tests {
 
     use super::*;
 
-    /// Has no VM.
+    /// A server without a VM.
     struct Empty;
 
     impl Serve for Empty {
@@ -312,7 +315,7 @@ mod tests {
         (folder, move || UnixStream::connect(&path).unwrap())
     }
 
-    /// What a client is told in the end.
+    /// Returns the answer that a client gets in the end.
     fn told(client: &UnixStream) -> Value {
         let mut line = String::new();
         BufReader::new(client).read_line(&mut line).unwrap();
@@ -336,7 +339,7 @@ mod tests {
         for oldest in &silent[..2] {
             assert!(why(&told(oldest)).contains("no request came"));
         }
-        // one that asks takes the place of another one, and its own is free then
+        // a client that sends a request replaces a silent one, and its own place is free afterwards
         assert!(status(connect())["done"].is_object());
         assert!(why(&told(&silent[2])).contains("others wait"));
         for patient in [connect(), silent[3].try_clone().unwrap(), silent[4].try_clone().unwrap()] {
@@ -363,12 +366,12 @@ mod tests {
             client.write_all(request).unwrap();
             BufReader::new(client).lines().map(Result::unwrap).collect::<Vec<_>>()
         };
-        // there is no VM: the answer comes at once
+        // there is no VM, so the answer is immediate
         let old = lines(b"{\"command\":\"pause\"}\n");
         assert!(old.len() == 1 && old[0].starts_with("{\"failed\""), "{old:?}");
         let new = lines(b"{\"command\":\"pause\",\"alive\":true}\n");
         assert_eq!((new[0].as_str(), &new[1..]), ("\"alive\"", &old[..]));
-        // a short request is answered before there would be any
+        // a short request is answered before the first sign of life would be sent
         let status = lines(b"{\"command\":\"status\",\"alive\":true}\n");
         assert!(status.len() == 1 && status[0].starts_with("{\"done\""), "{status:?}");
     }

@@ -11,7 +11,7 @@ use thiserror::Error;
 
 use crate::Protect;
 
-/// A text that is not the value that it should be. It says what would be one.
+/// The error for a text that is not a valid value. The error says what a valid value is.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error("{0}")]
 pub struct InvalidValue(String);
@@ -22,7 +22,7 @@ impl InvalidValue {
     }
 }
 
-/// For programs whose errors are texts.
+/// Returns the text, for programs whose errors are texts.
 impl From<InvalidValue> for String {
     fn from(error: InvalidValue) -> Self {
         error.0
@@ -33,8 +33,8 @@ fn invalid<T>(why: String) -> Result<T, InvalidValue> {
     Err(InvalidValue(why))
 }
 
-/// Returns the path of a Unix socket that is written as `unix:PATH`, as an absolute path: processes
-/// have working directories of their own.
+/// Returns the path of a Unix socket that is written as `unix:PATH`. The path is absolute, because
+/// processes have different working directories.
 ///
 /// # Errors
 /// Returns an error if the text is something else.
@@ -46,23 +46,24 @@ pub fn unix_path(text: &str) -> Result<PathBuf, InvalidValue> {
     }
 }
 
-/// Returns the path for another process, whose working directory may be another one.
+/// Returns the absolute path, for another process, whose working directory may differ.
 ///
 /// # Errors
-/// Returns an error if the path is empty, or the working directory is gone.
+/// Returns an error if the path is empty, or if the working directory does not exist any more.
 pub fn absolute(path: impl AsRef<Path>) -> Result<PathBuf, InvalidValue> {
     let path = path.as_ref();
     std::path::absolute(path).or_else(|e| invalid(format!("{}: {e}", path.display())))
 }
 
-/// Returns the address for another process, whose working directory may be another one.
+/// Returns the address with an absolute path, for another process, whose working directory may
+/// differ.
 ///
 /// # Errors
 /// Returns an error if the absolute path is too long for a socket.
 pub fn absolute_address(address: &Address) -> Result<Address, InvalidValue> {
     match address {
         Address::Tcp { .. } => Ok(address.clone()),
-        // read again, since it may have become too long for a socket
+        // the address is parsed again, because it may have become too long for a socket
         Address::Unix(path) => {
             let absolute = Address::Unix(absolute(path)?).to_string();
             absolute.parse().or_else(|e| invalid(format!("{address}: {e}")))
@@ -70,7 +71,7 @@ pub fn absolute_address(address: &Address) -> Result<Address, InvalidValue> {
     }
 }
 
-/// Returns a VM's identity from the 32 hexadecimal digits that `status` and `broker --list` show.
+/// Returns a VM's ID from the 32 hexadecimal digits that `status` and `broker --list` show.
 ///
 /// # Errors
 /// Returns an error if the text is something else.
@@ -82,7 +83,7 @@ pub fn vm_id(text: &str) -> Result<VmId, InvalidValue> {
     }
 }
 
-/// Returns bytes from a number with K, M, G or T (binary).
+/// Returns the number of bytes of a size: a number with K, M, G or T (binary).
 ///
 /// # Errors
 /// Returns an error if the text is something else, zero, or above `u64`.
@@ -103,7 +104,7 @@ pub fn size(text: &str) -> Result<u64, InvalidValue> {
     }
 }
 
-/// Returns a number, decimal or 0x….
+/// Returns a number that is written as decimal or 0x….
 ///
 /// # Errors
 /// Returns an error if the text is something else.
@@ -115,7 +116,7 @@ pub fn number(text: &str) -> Result<u64, InvalidValue> {
     parsed.or_else(|e| invalid(format!("{text}: {e}")))
 }
 
-/// Returns a time from a number with us, ms, s, m or h; a number alone is seconds.
+/// Returns a time that is written as a number with us, ms, s, m or h. A number alone is seconds.
 ///
 /// # Errors
 /// Returns an error if the text is something else.
@@ -138,11 +139,11 @@ pub fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// `None` for no protection. (clap takes an `Option` that it can read for an option that may be
-/// left out.)
+/// The protection, or `None` for no protection. (The type has a name because clap takes a field of
+/// type `Option` for an option that may be left out.)
 pub(crate) type FailSafe = Option<Protect>;
 
-/// Returns how a VM is protected: `none|reverse|forward|both[:interval=100ms,detect=1s,dir=D]`.
+/// Returns the protection of a VM: `none|reverse|forward|both[:interval=100ms,detect=1s,dir=D]`.
 ///
 /// # Errors
 /// Returns an error if the text is something else, or forward checkpoints have no folder.
@@ -171,7 +172,7 @@ pub fn fail_safe(text: &str) -> Result<Option<Protect>, InvalidValue> {
         match key {
             "interval" => protect.interval_us = time()?,
             "detect" => protect.detect_us = time()?,
-            // the server uses it: its working directory may be another one
+            // the server uses the folder, and its working directory may differ
             "dir" => protect.dir = Some(absolute(value)?),
             _ => return invalid(format!("{key}: interval, detect and dir are known")),
         }
@@ -184,7 +185,7 @@ pub fn fail_safe(text: &str) -> Result<Option<Protect>, InvalidValue> {
     Ok(Some(protect))
 }
 
-/// A bandwidth in bits a second; 0 for no limit.
+/// Encodes a bandwidth in bits per second; 0 for no limit.
 pub(crate) mod bits {
     use migration_transport::Bandwidth;
     use serde::{Deserialize, Deserializer, Serializer};
@@ -243,7 +244,7 @@ mod tests {
         assert_eq!(address("unix:sock"), Ok(Address::Unix(here.join("sock"))));
         assert_eq!(address("unix:/b"), Ok(Address::Unix("/b".into())));
         assert_eq!(address("tcp:h:1").unwrap().to_string(), "tcp:h:1");
-        // for a person in this directory it was short enough
+        // the path as the person wrote it was short enough
         assert!(address(&format!("unix:{}", "x".repeat(107))).unwrap_err().to_string().contains("at most 107 bytes"));
         assert!(unix_path("tcp:h:1").is_err() && unix_path("/b").is_err());
     }

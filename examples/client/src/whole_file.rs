@@ -1,4 +1,4 @@
-//! Files that are no secret.
+//! Files that appear when they are complete, for contents that are no secret.
 
 use std::{
     fs, io,
@@ -9,12 +9,12 @@ use std::{
 
 use migration_transport::AtomicFile;
 
-/// Writes a file, which is there when it is complete; one that was there stays until then. A
-/// symbolic link is followed, and what is no file, or is what stdout or stderr writes to (as
-/// `/dev/stdout` may be), gets the bytes as they are.
+/// Writes a file, which appears when it is complete. An existing file stays until then. Symbolic
+/// links are followed. If the target is not a regular file, or if stdout or stderr writes to it (as
+/// for `/dev/stdout`), the bytes are written to it directly.
 ///
 /// # Errors
-/// Returns an error if it cannot be written, with its path.
+/// Returns an error, which contains the path, if the file cannot be written.
 pub fn write(out: &Path, bytes: impl AsRef<[u8]>) -> io::Result<()> {
     let context = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", out.display()));
     let file = match fs::metadata(out) {

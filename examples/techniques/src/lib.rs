@@ -1,5 +1,5 @@
-//! What the programs in `src/bin` share: how they end. Each of them is one way to migrate a VM, to
-//! be read and changed.
+//! The code that the programs in `src/bin` share: the end of a program. Each program shows one way
+//! to migrate a VM, to be read and changed.
 //!
 //! | program | what moves how |
 //! |---|---|
@@ -25,10 +25,10 @@ use std::error::Error;
 use migration_core::report::Report;
 use minivmm::Vm;
 
-/// What a program's `main` returns.
+/// The result of a program's `main`.
 pub type Outcome = Result<(), Box<dyn Error>>;
 
-/// Prints what a migration cost.
+/// Prints the cost of a migration.
 pub fn show(report: &Report) {
     let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
     let downtime = report.downtime.map_or(f64::NAN, ms);
@@ -41,11 +41,11 @@ pub fn show(report: &Report) {
     );
 }
 
-/// Checks that a guest works on where it is now, and that each of its pages holds what it has
-/// written there.
+/// Checks that a guest continues to work where it is now, and that each of its pages holds what the
+/// guest has written there.
 ///
 /// # Errors
-/// When it does not.
+/// Returns an error if the guest does not work, or if a page is wrong.
 pub fn check(vm: &Vm) -> Outcome {
     vm.wait_works_on()?;
     match vm.verify()? {

@@ -1,7 +1,8 @@
-//! Agile migration: cold pages of a VM are in a page store that both hosts reach, and stay there. Only
-//! the working set moves, and of the cold pages where they are.
+//! Agile migration: cold pages of a VM are in a page store that both hosts reach, and stay there.
+//! Only the working set moves, with the locations of the cold pages.
 //!
-//! It needs the right to handle page faults of the kernel, as post-copy does, and Linux 6.8.
+//! The program needs the right to handle page faults of the kernel, as post-copy does, and Linux
+//! 6.8.
 
 use std::sync::Arc;
 
@@ -17,12 +18,12 @@ use techniques::{Outcome, check, show};
 const MIB: u64 = 1 << 20;
 
 fn main() -> Outcome {
-    // in earnest a server, or a folder that both hosts mount: see docs/stores.md
+    // in production this is a server, or a folder that both hosts mount: see docs/stores.md
     let rack: Arc<dyn PageStore> = Arc::new(MemoryPageStore::new("rack-7", 512 * MIB));
     let options = ReceiverOptions { stores: vec![rack.clone()], ..ReceiverOptions::default() };
     let destination = Destination::listen_with(&"tcp:127.0.0.1:0".parse()?, None, options)?;
 
-    // a guest that has filled 128 MiB and works on 8 of them
+    // the guest has filled 128 MiB and works on 8 MiB of them
     let vm = Vm::start(&VmOptions::workload("hot:size=8M,data=128M"))?;
     vm.wait_at_work()?;
     vm.keep_cold_pages(vec![rack], ResidentLimit::Bytes(64 * MIB))?;
@@ -32,6 +33,6 @@ fn main() -> Outcome {
     let report = vm.migrate(destination.address(), &mut Agile { order: Box::new(MultiPivot::default()) })?;
 
     show(&report);
-    // the guest checks its cold pages, too: they come from the store
+    // the guest also checks its cold pages, which come from the store
     check(&destination.wait()?)
 }

@@ -1,8 +1,8 @@
 //! An encrypted migration: both sides have a key, prove that to each other, and encrypt every
 //! channel (AES-256-GCM).
 //!
-//! In a file the key is made by `minivmm keygen` and read by `Psk::load`. There are also keys of
-//! each side, and TLS certificates.
+//! `minivmm keygen` makes a file with a key, and `Psk::load` reads it. Separate keys of each side
+//! and TLS certificates are also supported.
 
 use migration_core::{engine::ReceiverOptions, strategy::PreCopy};
 use migration_crypto::{Credentials, Psk, Security, Suite};

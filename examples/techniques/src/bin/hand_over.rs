@@ -1,7 +1,7 @@
-//! Hand-over: a new process takes a VM over from another one of its host. Both map the same memory,
-//! so no page moves.
+//! Hand-over: a new process takes over a VM from another process of its host. Both processes map
+//! the same memory, so no page moves.
 //!
-//! The program starts itself a second time, as the process that takes the VM over.
+//! The program starts itself a second time, as the process that takes over the VM.
 
 use std::{
     env,
@@ -21,12 +21,12 @@ fn main() -> Outcome {
     }
 }
 
-/// The process that has the VM.
+/// Runs the process that has the VM.
 fn old() -> Outcome {
     let memory = VmOptions { backing: Backing::Memfd, ..VmOptions::workload("hot:size=16M,data=64M") };
     let vm = Vm::start(&memory)?;
     vm.wait_at_work()?;
-    // memory files pass through a Unix socket only
+    // memory files can pass through a Unix socket only
     let socket = env::temp_dir().join(format!("hand-over-{}", std::process::id()));
     let mut new = Command::new(env::current_exe()?).arg(&socket).stdout(Stdio::piped()).spawn()?;
     let mut lines = BufReader::new(new.stdout.take().ok_or("no output")?).lines();
@@ -41,7 +41,7 @@ fn old() -> Outcome {
     if new.wait()?.success() { Ok(()) } else { Err("the new process has failed".into()) }
 }
 
-/// The process that takes it over.
+/// Runs the process that takes over the VM.
 fn new(socket: &str) -> Outcome {
     let destination = Destination::listen(&format!("unix:{socket}").parse()?)?;
     println!("{}", destination.address());

@@ -1,7 +1,7 @@
-//! A convergence policy of one's own: when pre-copy ends its rounds.
+//! A custom convergence policy, which decides when pre-copy ends its rounds.
 //!
-//! This one stops when a round has left more than half of what it sent, or after five, as many
-//! tools do.
+//! This policy stops when at least half as many pages were written in a round as the round has
+//! sent, or after five rounds, as many tools do.
 
 use migration_core::{
     PageSet,

@@ -1,7 +1,7 @@
-//! A push order of one's own: which pages post-copy sends next of those that the guest has not
-//! asked for.
+//! A custom push order, which decides the pages that post-copy sends next among those that the
+//! guest has not requested.
 //!
-//! This one begins with the last page of RAM. It needs what `post_copy` needs.
+//! This order begins with the last page of RAM. The program needs what `post_copy` needs.
 
 use migration_core::{
     PageRange, PageSet,

@@ -1,7 +1,7 @@
-//! A strategy of one's own: a script over the verbs of `migration_core::strategy`.
+//! A custom strategy: a script of the operations of `migration_core::strategy`.
 //!
-//! This one sends everything once while the guest runs, hands it over, and lets the pages that were
-//! written meanwhile follow if they are too many for the downtime limit.
+//! This strategy sends all pages once while the guest runs, and hands the guest over. If too many
+//! pages for the downtime limit were written meanwhile, these pages follow in post-copy.
 
 use migration_core::{
     MigrationError,

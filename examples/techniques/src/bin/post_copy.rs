@@ -1,7 +1,7 @@
-//! Post-copy: the guest moves first. Pages that it touches come at once, all others are pushed
-//! meanwhile, and none moves twice.
+//! Post-copy: the guest moves first. A page that the guest touches is sent immediately, all other
+//! pages are pushed meanwhile, and no page is sent twice.
 //!
-//! It needs the right to handle page faults of the kernel: root, `/dev/userfaultfd`, or
+//! The program needs the right to handle page faults of the kernel: root, `/dev/userfaultfd`, or
 //! `vm.unprivileged_userfaultfd`.
 
 use migration_core::strategy::{PostCopy, push_order::MultiPivot};

@@ -1,4 +1,4 @@
-//! Pre-copy: pages move in rounds while the guest runs, until little is left. The guest is then
+//! Pre-copy: pages are sent in rounds while the guest runs, until few are left. The guest is then
 //! paused for the rest.
 
 use migration_core::strategy::PreCopy;

@@ -1,8 +1,9 @@
-//! Quick eviction: a copy of the running VM is kept ready in a page store. When the VM has to go, its
-//! destination is named, and only what is dirty moves over the link.
+//! Quick eviction: a copy of the running VM is kept ready in a page store. When the VM must leave
+//! its host, its destination is named, and only dirty pages move over the link.
 //!
-//! The store is in the memory of this process, which has both ends. In earnest it is on another host
-//! (`FilePageStore`, `RedisPageStore`), and pages in it are sealed. It needs what `post_copy` needs.
+//! The store is in the memory of this process, which contains both ends. In production the store is
+//! on another host (`FilePageStore`, `RedisPageStore`), and the pages in it are sealed. The program
+//! needs what `post_copy` needs.
 
 use std::{num::NonZeroU64, sync::Arc, thread, time::Duration};
 
@@ -16,7 +17,8 @@ use migration_transport::{ConnectOptions, connector};
 use minivmm::{Destination, Vm, VmOptions};
 use techniques::{Outcome, check, show};
 
-/// What is left to stage when the VM is evicted: a guest that writes always leaves something.
+/// The VM is evicted when fewer dirty pages than this are left. A guest that writes always leaves
+/// some.
 const FEW_PAGES: u64 = 8192;
 
 fn main() -> Outcome {
@@ -55,7 +57,7 @@ fn main() -> Outcome {
         if let Some(copy) = controller.staging() {
             println!("{} increments, {} pages staged, {} dirty", copy.increments, copy.staged_pages, copy.dirty_pages);
         }
-        // only now it is known where the VM goes
+        // the destination of the VM becomes known only now
         let to = destination.address();
         let link = connector(to, ConnectOptions::default());
         // if the protection has ended, its report says why

@@ -1,9 +1,10 @@
-//! Scatter-gather over two page stores: post-copy whose pages go into the stores where the direct link
-//! has no room for them. The source is free as soon as each page is somewhere else, and the destination
-//! gathers the rest by itself.
+//! Scatter-gather over two page stores: post-copy whose pages go into the stores when the direct
+//! link has no room for them. The source is free as soon as each page is somewhere else, and the
+//! destination gathers the remaining pages without it.
 //!
-//! The stores are in the memory of this process, which has both ends. In earnest they are on other hosts
-//! (`FilePageStore`, `RedisPageStore`), and pages in them are sealed. It needs what `post_copy` needs.
+//! The stores are in the memory of this process, which contains both ends. In production they are
+//! on other hosts (`FilePageStore`, `RedisPageStore`), and the pages in them are sealed. The
+//! program needs what `post_copy` needs.
 
 use std::{sync::Arc, time::Duration};
 
@@ -19,7 +20,7 @@ use techniques::{Outcome, check, show};
 fn main() -> Outcome {
     let mut key = [0; 32];
     getrandom::fill(&mut key)?;
-    // each end opens the stores by itself: they have only names and a key in common
+    // each end opens the stores itself, and the ends share only the names and a key
     let racks = ["rack-7", "rack-8"].map(|name| Arc::new(MemoryPageStore::new(name, 256 << 20)));
     let sealed = |rack: &Arc<MemoryPageStore>| -> Arc<dyn PageStore> {
         Arc::new(Sealed::new(rack.clone(), Psk::new(key), Suite::Aes256Gcm, aead::best()))

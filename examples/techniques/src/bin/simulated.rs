@@ -1,6 +1,6 @@
-//! A strategy in the simulator: the real strategy and the real protocol, in virtual time, without a
-//! VM. The link breaks after an action of ours, and the guest stays where it was; the second
-//! attempt completes.
+//! A strategy in the simulator: the real strategy and the real protocol run in virtual time,
+//! without a VM. The link breaks after a given action, and the guest stays at its source. The
+//! second attempt completes.
 
 use std::time::Duration;
 

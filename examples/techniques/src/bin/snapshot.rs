@@ -1,5 +1,5 @@
-//! A snapshot: the VM is written to a file as it is at one moment, while it runs on. Another VM
-//! goes on from there.
+//! A snapshot: the state of the VM at one moment is written to a file while the VM runs. Another VM
+//! continues from there.
 
 use std::{env, fs};
 
@@ -15,7 +15,7 @@ fn main() -> Outcome {
 
     println!("snapshot: {:.0?} in all, the guest was paused for {:.1?}", report.total, report.downtime);
     vm.wait_works_on()?;
-    // there must be only one of it
+    // only one instance of the VM may run
     drop(vm);
     let restored = Vm::restore(&file);
     fs::remove_file(&file)?;
