@@ -597,7 +597,7 @@ mod tests {
             let line = request.line(true).unwrap();
             let value: Value = serde_json::from_slice(&line).unwrap();
             assert_eq!(value["alive"], true);
-            // an earlier server reads the line so
+            // this is how an earlier server reads the line
             let read: Request = serde_json::from_slice(&line).unwrap();
             assert_eq!(format!("{read:?}"), format!("{request:?}"));
             assert!(serde_json::from_slice::<Wishes>(&line).unwrap().alive);
@@ -629,7 +629,7 @@ mod tests {
             "progress": false,
         });
         assert_eq!(json, expected);
-        // a client older than some options writes it so
+        // this is how a client older than some options writes it
         let mut earlier = expected;
         let fields = earlier.as_object_mut().unwrap();
         for field in ["setup_timeout_us", "pause_limit_us", "pause_total_us", "page_stores"] {

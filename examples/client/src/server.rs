@@ -44,7 +44,7 @@ pub trait Serve: Send + Sync + 'static {
     /// Returns an error if the request fails. The error is the reason for the client.
     fn handle(self: &Arc<Self>, request: Request, progress: &mut dyn FnMut(Value)) -> Result<Value, String>;
 
-    /// Ends the server. Called when the client of [`Request::Quit`] has its answer.
+    /// Called when the client of [`Request::Quit`] has its answer.
     fn quit(&self);
 
     /// Records that a client has its answer, or has gone.

@@ -45,8 +45,8 @@ impl ControlSocket {
     }
 }
 
-/// Returns the answer of another minivmm to a request of a process that has a VM. Does not wait
-/// without limit for a minivmm that is stopped.
+/// Returns the answer of another minivmm to a request of a process that has a VM. Returns an error
+/// if the other minivmm does not answer because it is stopped.
 pub(crate) fn ask_peer(path: &Path, request: &Request) -> Result<Value, String> {
     Ok(minivmm_client::ask_peer(path, request)?)
 }

@@ -80,7 +80,7 @@ pub(crate) struct Instance {
     kept: OwnerRecord<Saved>,
     /// The successors that are prepared, and the schedule of refreshes.
     pub(crate) hand_overs: HandOvers<Plan>,
-    /// The seal of files and of pages in page stores.
+    /// Seals files, and pages in page stores.
     sealing: Arc<Sealing>,
     /// The page stores that this process was started with.
     page_stores: PageStores,

@@ -110,8 +110,7 @@ impl RestartVmm for Restarter {
         let serial = if saved.serial == "stdio" { "null" } else { &saved.serial };
         command.arg("run").arg("--restore").arg(&saved.snapshot.file).arg("--serial").arg(serial);
         command.arg("--broker").arg(format!("unix:{}", self.broker.display()));
-        // the owner of the file may have replaced it by the snapshot of another VM, so the VM's ID
-        // is passed
+        // the file may have been replaced by the snapshot of another VM, so the VM's ID is passed
         let restart = Restart { vm: vm.0, key: saved.snapshot.key.clone() };
         command.arg("--restart").arg(serde_json::to_string(&restart)?);
         if let Some(key) = &saved.seal_key {

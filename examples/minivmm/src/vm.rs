@@ -261,8 +261,8 @@ impl Vm {
     /// in the background.
     ///
     /// # Errors
-    /// Returns an error if cold pages go to no page store, or if no thread can be started that reads
-    /// pages back.
+    /// Returns an error if cold pages go to no page store, or if no thread can be started that
+    /// reads pages back.
     pub fn set_resident_limit(&self, limit: ResidentLimit) -> Result<(), GuestError> {
         self.machine.set_resident_limit(limit)
     }

@@ -1,19 +1,19 @@
-//! The code that the programs in `src/bin` share: the end of a program. Each program shows one way
-//! to migrate a VM, to be read and changed.
+//! The code that the programs in `src/bin` share: it prints the cost of a migration and checks the
+//! guest. Each program shows one way to migrate a VM, to be read and changed.
 //!
-//! | program | what moves how |
+//! | program | technique |
 //! |---|---|
 //! | `pre_copy` | pages move in rounds while the guest runs |
 //! | `post_copy` | the guest moves first, its pages follow |
 //! | `agile` | the working set moves, and cold pages stay in a page store |
-//! | `quick_eviction` | a copy is kept in a page store, and on a command only what is dirty moves |
+//! | `quick_eviction` | a copy is kept in a page store, and on a command only dirty pages move |
 //! | `scatter_gather` | post-copy whose pages go through two page stores, so that the source is free soon |
-//! | `hand_over` | a process takes a VM over from another one of its host, and no page moves |
-//! | `snapshot` | the VM is written to a file while it runs, and goes on from there |
+//! | `hand_over` | a process takes over a VM from another process of its host, and no page moves |
+//! | `snapshot` | the VM is written to a file while it runs, and another VM continues from there |
 //! | `encrypted` | every channel is encrypted and authenticated |
-//! | `own_strategy` | a strategy of one's own |
-//! | `own_push_order` | post-copy in an order of one's own |
-//! | `own_convergence` | pre-copy that ends its rounds by a rule of one's own |
+//! | `own_strategy` | a custom strategy |
+//! | `own_push_order` | post-copy in a custom push order |
+//! | `own_convergence` | pre-copy with a custom convergence policy |
 //! | `simulated` | the same strategy as `own_strategy`, without a VM, over a link that breaks |
 //!
 //! `cargo run -p techniques --bin pre_copy` runs one. All but the last run a VM on KVM. Without KVM

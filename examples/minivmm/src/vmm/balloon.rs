@@ -10,7 +10,7 @@
 //! two stores in their order, and the VMM reads each word of the bitmap at once.
 //!
 //! A guest that also wants to give the memory to the host writes a range of frames into the slot of
-//! the CPU, which lies after the bitmap, and the number of the slot to a port. The free pages in
+//! its CPU, which lies after the bitmap, and the number of the slot to a port. The free pages in
 //! the range are discarded before the vCPU continues, and the guest takes none of them back until
 //! then. So no page is discarded that is in use again. A migration may be under way. It then reads
 //! zeros from such a page, instead of contents that nobody needs, and a page that is written after

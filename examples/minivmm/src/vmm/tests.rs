@@ -173,7 +173,7 @@ fn estimates_go_by_what_saving_and_loading_took_before() {
     let mut vm = host.build(&description).unwrap();
     let guessed = vm.estimate_load();
     vm.load_state(&state).unwrap();
-    // the attempt fails, and its source comes again
+    // the attempt fails, and its source tries again
     drop(vm);
     let again = host.build(&description).unwrap().estimate_load();
     assert_ne!(again, guessed);
@@ -530,8 +530,8 @@ fn serial_output_that_nobody_reads_stops_nobody() {
     assert_eq!(machine.snapshot().warnings, Vec::<String>::new());
 }
 
-/// Not a test: prints measurements. `cargo test --release -p minivmm latencies -- --ignored
-/// --nocapture`
+/// Not a test: prints measurements.
+/// `cargo test --release -p minivmm latencies -- --ignored --nocapture`
 #[test]
 #[ignore = "measures"]
 fn latencies() {
