@@ -1,7 +1,7 @@
 //! Runs strategies on real VMs, over real channels.
 //!
 //! At the source, [`migrate`] (or [`Migration::start`], which does not block) takes a
-//! [`SourceVm`](crate::vm::SourceVm), a [`Connector`](crate::channel::Connector) and a strategy.
+//! [`SourceVm`](crate::vm::SourceVm), a [`Connector`] and a strategy.
 //! [`stage`] (or [`Migration::stage`]) protects a VM until a command names its destination. At the
 //! destination, a [`Receiver`] takes a [`Listener`](crate::channel::Listener) and a
 //! [`DestinationHost`](crate::vm::DestinationHost). Both create threads only through the

@@ -95,7 +95,7 @@ pub struct SwapperOptions {
     /// The limit of resident memory at the start: [`set_limit`](Swapper::set_limit) changes it.
     pub limit: ResidentLimit,
     /// How long a page is on probation, and the time between two steps of
-    /// [`SwapperThreads`](SwapperThreads): 1 s.
+    /// [`SwapperThreads`]: 1 s.
     pub interval: Duration,
     /// The number of intervals for which it is remembered that a page was referenced: 4.
     pub remembered: usize,
