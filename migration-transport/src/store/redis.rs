@@ -3,12 +3,12 @@
 mod blocks;
 mod cluster;
 mod connection;
-mod resp;
+mod fail;
 mod scripts;
 mod server;
-mod stream;
 #[cfg(test)]
 mod tests;
+mod tls;
 mod transfer;
 
 use std::{
@@ -21,14 +21,13 @@ use migration_core::store::{
     Urgency, VmNamespace, check_get, check_lease, check_put,
     limits::{MAX_FORGOTTEN, MAX_NAMESPACES, UNSEEN_LEASE},
 };
+use redis::Cmd;
 
 use self::{
     cluster::{Servers, Target},
-    connection::Settings,
-    resp::Command,
+    connection::{Settings, Wait},
     scripts::{Answer, CREATE, EXPIRED, FORGET, Keys, RENEW, SWEEP, run, run_with_time},
-    server::{Use, store_error},
-    stream::{Wait, tls_config},
+    server::Use,
     transfer::{Get, Put, decode_record},
 };
 use super::url::RedisUrl;
@@ -48,7 +47,9 @@ pub struct RedisPageStoreOptions {
     /// Most bytes that all pages may take; `None` for what the servers have. In a cluster, most
     /// bytes of each of its 16 parts.
     pub limit: Option<u64>,
-    /// The longest time that a server may be silent. The deadline of a `get` can shorten it.
+    /// The longest time that a server may be silent. The deadline of a `get` can shorten it: no
+    /// answer is then waited for after the deadline. An answer that arrives in small parts, each
+    /// within that time, is read to its end.
     pub timeout: Duration,
     /// Most namespaces, at most [`MAX_NAMESPACES`].
     pub max_namespaces: usize,
@@ -88,8 +89,11 @@ impl Default for RedisPageStoreOptions {
 /// `maxmemory-policy` to `noeviction`. Replicas are refused. Leases run on the server's clock.
 ///
 /// Whoever has the server can read and replace a VM's memory: wrap the store in
-/// `migration_crypto::Sealed` if that matters. Whatever a server answers, no more than about 5 MiB
-/// are allocated for it, and a page that is not as it was put is missing.
+/// `migration_crypto::Sealed` if that matters. A page that is not as it was put is missing, whatever
+/// a server answers. An answer is read as a whole before it is checked: use servers of your own.
+///
+/// The client is the crate `redis`. TLS is that of `rustls`; if the process has chosen no provider of
+/// cryptography for `rustls`, [`open`](Self::open) chooses AWS-LC.
 ///
 /// # Example
 ///
@@ -144,7 +148,7 @@ impl RedisPageStore {
     /// # Panics
     /// Panics if the URL names no server.
     pub fn open(url: &RedisUrl, name: impl Into<String>, options: RedisPageStoreOptions) -> Result<Self, StoreError> {
-        let tls = url.tls.as_ref().map(tls_config).transpose();
+        let tls = url.tls.as_ref().map(tls::certificates).transpose();
         let tls = tls.map_err(StoreError::io("reading the files for TLS"))?;
         assert!(!url.servers.is_empty(), "a store has at least one server");
         let settings = Settings {
@@ -176,7 +180,7 @@ impl RedisPageStore {
                 let (used_bytes, most_bytes) = (info.used_bytes, info.most_bytes);
                 Ok(RedisMemory { used_bytes, most_bytes, round_trip: start.elapsed() })
             });
-            RedisHealth { memory: memory.map_err(|fail| store_error(&address, fail, 0)), address }
+            RedisHealth { memory: memory.map_err(|fail| fail.into_store_error(&address, 0)), address }
         };
         self.servers.all().into_iter().map(ask).collect()
     }
@@ -206,21 +210,25 @@ impl RedisPageStore {
     }
 
     /// Runs a script. Returns its answer, and the run id of the server.
-    fn run(&self, part: usize, script: &Command) -> Result<(Answer, [u8; 16]), StoreError> {
+    fn run(&self, part: usize, script: &Cmd) -> Result<(Answer, [u8; 16]), StoreError> {
         let wait = self.wait();
         self.servers.with(self.target(part), 0, |connection| {
             Ok((Answer::new(connection.ask(script, wait)?)?, connection.info.run_id))
         })
     }
 
+    /// Sends a command that reads a key of a part.
+    fn ask<T: redis::FromRedisValue>(&self, part: usize, command: &Cmd) -> Result<T, StoreError> {
+        let wait = self.wait();
+        self.servers.with(self.target(part), 0, |connection| connection.ask(command, wait))
+    }
+
     /// Returns how many namespaces all parts but one have.
     fn namespaces_elsewhere(&self, part: usize) -> Result<usize, StoreError> {
         let mut count = 0;
         for other in (0..self.servers.parts().len()).filter(|other| *other != part) {
-            let ask = Command::new("ZCARD").arg(self.servers.parts()[other].spaces());
-            let wait = self.wait();
-            let reply = self.servers.with(self.target(other), 0, |connection| connection.ask(&ask, wait))?;
-            count += reply.number().and_then(|count| usize::try_from(count).ok()).unwrap_or(0).min(MAX_NAMESPACES);
+            let found: usize = self.ask(other, redis::cmd("ZCARD").arg(self.servers.parts()[other].spaces()))?;
+            count += found.min(MAX_NAMESPACES);
         }
         Ok(count)
     }
@@ -228,7 +236,8 @@ impl RedisPageStore {
     /// Removes what is left of forgotten namespaces, in steps, so that nobody waits for long.
     fn sweep(&self, part: usize) -> Result<(), StoreError> {
         let keys = &self.servers.parts()[part];
-        let step = run(SWEEP, &[&keys.dying()]).arg(keys.blocks_start()).arg(keys.block_start()).number(SWEEP_BLOCKS);
+        let mut step = run(SWEEP, &[&keys.dying()]);
+        step.arg(keys.blocks_start()).arg(keys.block_start()).arg(SWEEP_BLOCKS);
         while self.run(part, &step)?.0.number(0) == 1 {}
         Ok(())
     }
@@ -239,14 +248,13 @@ impl RedisPageStore {
         let Some(limit) = self.options.limit else {
             for server in self.servers.all() {
                 let info = server.with(Use::Others, wait, &mut |connection| connection.ask_info(wait));
-                let info = info.map_err(|fail| store_error(&server.address.to_string(), fail, 0))?;
+                let info = info.map_err(|fail| fail.into_store_error(&server.address.to_string(), 0))?;
                 room = room.saturating_add(info.room());
             }
             return Ok(room);
         };
         for (part, keys) in self.servers.parts().iter().enumerate() {
-            let ask = Command::new("GET").arg(keys.used());
-            let used = self.servers.with(self.target(part), 0, |connection| connection.ask(&ask, wait))?.number();
+            let used: Option<i64> = self.ask(part, redis::cmd("GET").arg(keys.used()))?;
             room += limit.saturating_sub(used.and_then(|used| u64::try_from(used).ok()).unwrap_or(0));
         }
         Ok(room)
@@ -280,12 +288,9 @@ impl PageStore for RedisPageStore {
         let (part, keys) = self.part(namespace);
         let here = limit.saturating_sub(self.namespaces_elsewhere(part)?);
         let names = [keys.store(), keys.spaces(), keys.forgotten(), keys.space(namespace)];
-        let script = run_with_time(CREATE, &names.each_ref().map(String::as_str), self.clock_offset())
-            .arg(namespace.to_string())
-            .arg(record.encode())
-            .number(millis(lease))
-            .arg(Incarnation::random().0)
-            .number(here);
+        let mut script = run_with_time(CREATE, &names.each_ref().map(String::as_str), self.clock_offset());
+        script.arg(namespace.to_string()).arg(&record.encode()[..]).arg(millis(lease));
+        script.arg(&Incarnation::random().0[..]).arg(here);
         let (answer, run_id) = self.run(part, &script)?;
         match answer.status() {
             "ok" => Ok(incarnation(answer.item(0), run_id)),
@@ -301,10 +306,8 @@ impl PageStore for RedisPageStore {
         let record = Record { vm: namespace.vm, purpose: Purpose::Home, owner };
         let (part, keys) = self.part(namespace.id);
         let names = [keys.store(), keys.spaces(), keys.space(namespace.id)];
-        let script = run_with_time(RENEW, &names.each_ref().map(String::as_str), self.clock_offset())
-            .arg(namespace.id.to_string())
-            .arg(record.encode())
-            .number(millis(lease));
+        let mut script = run_with_time(RENEW, &names.each_ref().map(String::as_str), self.clock_offset());
+        script.arg(namespace.id.to_string()).arg(&record.encode()[..]).arg(millis(lease));
         let (answer, run_id) = self.run(part, &script)?;
         match answer.status() {
             "ok" => Ok(incarnation(answer.item(0), run_id)),
@@ -361,21 +364,16 @@ impl PageStore for RedisPageStore {
 
     fn record(&self, namespace: NamespaceId) -> Result<Option<Record>, StoreError> {
         let (part, keys) = self.part(namespace);
-        let ask = Command::new("HGET").arg(keys.space(namespace)).arg("record");
-        let wait = self.wait();
-        let reply = self.servers.with(self.target(part), 0, |connection| connection.ask(&ask, wait))?;
-        decode_record(&self.name, namespace, reply.bytes())
+        let record = self.ask(part, redis::cmd("HGET").arg(keys.space(namespace)).arg("record"))?;
+        decode_record(&self.name, namespace, record)
     }
 
     fn forget(&self, namespace: VmNamespace) -> Result<(), StoreError> {
         let id = namespace.id;
         let (part, keys) = self.part(id);
         let names = [keys.spaces(), keys.forgotten(), keys.space(id), keys.blocks(id), keys.used(), keys.dying()];
-        let script = run_with_time(FORGET, &names.each_ref().map(String::as_str), self.clock_offset())
-            .arg(id.to_string())
-            .arg(namespace.vm.0)
-            .number(millis(UNSEEN_LEASE))
-            .number(MAX_FORGOTTEN);
+        let mut script = run_with_time(FORGET, &names.each_ref().map(String::as_str), self.clock_offset());
+        script.arg(id.to_string()).arg(&namespace.vm.0[..]).arg(millis(UNSEEN_LEASE)).arg(MAX_FORGOTTEN);
         let (answer, _) = self.run(part, &script)?;
         match answer.status() {
             "ok" => self.sweep(part),
@@ -389,8 +387,9 @@ impl PageStore for RedisPageStore {
         for (part, keys) in self.servers.parts().iter().enumerate() {
             // a user may have crashed in the middle of a `forget`
             self.sweep(part)?;
-            let script = run_with_time(EXPIRED, &[&keys.spaces()], self.clock_offset());
-            let (answer, _) = self.run(part, &script.number(MAX_NAMESPACES).arg(keys.space_start()))?;
+            let mut script = run_with_time(EXPIRED, &[&keys.spaces()], self.clock_offset());
+            script.arg(MAX_NAMESPACES).arg(keys.space_start());
+            let (answer, _) = self.run(part, &script)?;
             for pair in answer.items().chunks_exact(2) {
                 let id = str::from_utf8(&pair[0]).ok().filter(|digits| digits.len() == 32);
                 let Some(id) = id.and_then(|digits| u128::from_str_radix(digits, 16).ok()) else { continue };

@@ -15,7 +15,10 @@
 //! place. Nothing of what comes back from the server is believed: a page whose entry, length or
 //! trailer is wrong is missing.
 
-use std::{io::IoSlice, ops::Range};
+use std::{
+    io::{self, Write},
+    ops::Range,
+};
 
 use migration_core::{
     store::{PageToGet, PageToPut, Trailer, limits::MAX_VALUE_BYTES},
@@ -65,67 +68,30 @@ pub(super) fn index(page: u64) -> u8 {
     (page % BLOCK_PAGES) as u8
 }
 
-/// Returns the length of the block of so many pages.
-pub(super) fn block_len(pages: usize) -> usize {
-    DIRECTORY_BYTES + pages * SLOT_BYTES
+/// Writes the block that has exactly these pages of one generation, in this order.
+///
+/// # Errors
+/// Returns an error if `out` does.
+pub(super) fn write_block(out: &mut impl Write, vm: VmId, generation: u32, pages: &[PageToPut<'_>]) -> io::Result<()> {
+    out.write_all(&directory(generation, pages))?;
+    for page in pages {
+        out.write_all(&Trailer::new(vm, page.page, generation, page.value).encode())?;
+        out.write_all(page.value)?;
+        out.write_all(&ZEROS[page.value.len()..])?;
+    }
+    Ok(())
 }
 
-/// Writes the directory of a block that has exactly these pages of one generation, in this order.
-pub(super) fn write_directory(out: &mut Vec<u8>, generation: u32, pages: &[PageToPut<'_>]) {
-    let start = out.len();
-    out.resize(start + DIRECTORY_BYTES, 0);
+fn directory(generation: u32, pages: &[PageToPut<'_>]) -> [u8; DIRECTORY_BYTES] {
+    let mut directory = [0; DIRECTORY_BYTES];
     for (slot, page) in pages.iter().enumerate() {
-        let at = start + usize::from(index(page.page)) * ENTRY_BYTES;
-        let entry = &mut out[at..at + ENTRY_BYTES];
+        let at = usize::from(index(page.page)) * ENTRY_BYTES;
+        let entry = &mut directory[at..at + ENTRY_BYTES];
         entry[..4].copy_from_slice(&generation.to_le_bytes());
         entry[4..6].copy_from_slice(&(page.value.len() as u16).to_le_bytes());
         entry[6..].copy_from_slice(&[slot as u8, 1]);
     }
-}
-
-/// Parts of a request: small ones, which are copied together, and values, which are not copied.
-#[derive(Default)]
-pub(super) struct Parts<'a> {
-    /// All small parts, one after the other.
-    small: Vec<u8>,
-    /// The values, each with the end of the small part before it.
-    values: Vec<(usize, &'a [u8])>,
-}
-
-impl<'a> Parts<'a> {
-    pub(super) fn small(&mut self) -> &mut Vec<u8> {
-        &mut self.small
-    }
-
-    /// Adds the slot of a page.
-    pub(super) fn slot(&mut self, vm: VmId, generation: u32, page: &PageToPut<'a>) {
-        self.small.extend_from_slice(&Trailer::new(vm, page.page, generation, page.value).encode());
-        self.values.push((self.small.len(), page.value));
-        self.small.extend_from_slice(&ZEROS[page.value.len()..]);
-    }
-
-    /// Returns how many bytes there are.
-    pub(super) fn len(&self) -> usize {
-        self.small.len() + self.values.iter().map(|(_, value)| value.len()).sum::<usize>()
-    }
-
-    /// Returns all parts in their order.
-    pub(super) fn slices(&self) -> Vec<IoSlice<'_>> {
-        let mut slices = Vec::with_capacity(2 * self.values.len() + 1);
-        let mut start = 0;
-        for &(end, value) in &self.values {
-            slices.push(IoSlice::new(&self.small[start..end]));
-            slices.push(IoSlice::new(value));
-            start = end;
-        }
-        slices.push(IoSlice::new(&self.small[start..]));
-        slices
-    }
-
-    pub(super) fn clear(&mut self) {
-        self.small.clear();
-        self.values.clear();
-    }
+    directory
 }
 
 /// Returns the value of a page in a block that the server has handed out, if its trailer proves it.
@@ -159,13 +125,15 @@ mod tests {
         assert_eq!(pieces([].into_iter()), []);
     }
 
+    fn block_len(pages: usize) -> usize {
+        DIRECTORY_BYTES + pages * SLOT_BYTES
+    }
+
     /// Returns the block of some pages, as it is sent.
     fn block(pages: &[PageToPut<'_>]) -> Vec<u8> {
-        let mut parts = Parts::default();
-        write_directory(parts.small(), 7, pages);
-        pages.iter().for_each(|page| parts.slot(VM, 7, page));
-        let bytes: Vec<u8> = parts.slices().iter().flat_map(|slice| slice.iter().copied()).collect();
-        assert_eq!((bytes.len(), parts.len()), (block_len(pages.len()), block_len(pages.len())));
+        let mut bytes = Vec::new();
+        write_block(&mut bytes, VM, 7, pages).unwrap();
+        assert_eq!(bytes.len(), block_len(pages.len()));
         bytes
     }
 

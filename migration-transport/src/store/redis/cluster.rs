@@ -1,4 +1,8 @@
 //! Which server has which namespace.
+//!
+//! The client of clusters in the crate `redis` is not used: it has one connection for each server,
+//! so that a fault would wait for prefetches, and it repeats a call on other servers by itself. Each
+//! server has a client of its own here, and a call is one step on one server.
 
 use std::{
     iter,
@@ -6,13 +10,13 @@ use std::{
 };
 
 use migration_core::store::{NamespaceId, StoreError};
+use redis::{FromRedisValue, Value};
 
 use super::{
-    connection::{Connection, Settings},
-    resp::{Command, Fail, Reply},
+    connection::{Connection, Settings, Wait},
+    fail::Fail,
     scripts::Keys,
-    server::{Server, Use, store_error},
-    stream::Wait,
+    server::{Server, Use},
 };
 use crate::Address;
 
@@ -67,7 +71,7 @@ impl Servers {
         }
         for server in self.all() {
             let connected = server.with(Use::Others, wait, &mut |_| Ok(()));
-            connected.map_err(|fail| store_error(&server.address.to_string(), fail, 0))?;
+            connected.map_err(|fail| fail.into_store_error(&server.address.to_string(), 0))?;
         }
         Ok(())
     }
@@ -129,7 +133,7 @@ impl Servers {
             let _ = follows.then(|| self.refresh(target.wait));
             let now = self.map.read().unwrap_or_else(PoisonError::into_inner).0[target.part].clone();
             if !follows || Arc::ptr_eq(&now, &server) {
-                return Err(store_error(&server.address.to_string(), fail, needed));
+                return Err(fail.into_store_error(&server.address.to_string(), needed));
             }
         }
     }
@@ -140,7 +144,7 @@ impl Servers {
         let mut failure = StoreError::TimedOut;
         for server in &known {
             if let Some(fail) = server.paused() {
-                failure = store_error(&server.address.to_string(), fail, 0);
+                failure = fail.into_store_error(&server.address.to_string(), 0);
                 continue;
             }
             match self.ask_map(server, &known, wait) {
@@ -148,7 +152,7 @@ impl Servers {
                     *self.map.write().unwrap_or_else(PoisonError::into_inner) = map;
                     return Ok(());
                 }
-                Err(fail) => failure = store_error(&server.address.to_string(), fail, 0),
+                Err(fail) => failure = fail.into_store_error(&server.address.to_string(), 0),
             }
         }
         Err(failure)
@@ -156,12 +160,12 @@ impl Servers {
 
     /// Asks on a connection of its own: a replica is asked as well, and never for anything else.
     fn ask_map(&self, server: &Server, known: &[Arc<Server>], wait: Wait) -> Result<Map, Fail> {
-        let mut connection = Connection::greet(&server.address, &self.settings, wait)?;
-        let reply = connection.ask(&Command::new("CLUSTER").arg("SLOTS"), wait)?;
+        let mut connection = server.greet(wait)?;
+        let answer = connection.ask(redis::cmd("CLUSTER").arg("SLOTS"), wait)?;
         let Address::Tcp { host, .. } = &server.address else {
             return Err(Fail::nonsense("a cluster on a Unix socket"));
         };
-        let ranges = ranges(reply, host).ok_or_else(|| Fail::nonsense("no map of its cluster"))?;
+        let ranges = ranges(answer, host).ok_or_else(|| Fail::nonsense("no map of its cluster"))?;
         let mut servers: Vec<Arc<Server>> = known.to_vec();
         let mut map = Vec::with_capacity(self.parts.len());
         for keys in &self.parts {
@@ -187,22 +191,34 @@ struct Range {
 }
 
 /// Reads an answer to `CLUSTER SLOTS`. `host` is the host of a server that does not know its own.
-fn ranges(reply: Reply, host: &str) -> Option<Vec<Range>> {
-    let list = reply.list()?;
-    if list.len() > MAX_RANGES {
+fn ranges(answer: Value, host: &str) -> Option<Vec<Range>> {
+    let ranges = list(answer)?;
+    if ranges.len() > MAX_RANGES {
         return None;
     }
-    let range = |part: Reply| {
-        let mut part = part.list()?.into_iter();
-        let mut slot = || u32::try_from(part.next()?.number()?).ok().filter(|slot| *slot < SLOTS);
+    let range = |range: Value| {
+        let mut range = list(range)?.into_iter();
+        let mut slot = || item::<u32>(&mut range).filter(|slot| *slot < SLOTS);
         let (first, last) = (slot()?, slot()?);
-        let mut master = part.next()?.list()?.into_iter();
-        let named = master.next()?.bytes().and_then(|name| String::from_utf8(name).ok());
-        let port = u16::try_from(master.next()?.number()?).ok().filter(|port| *port != 0)?;
+        let mut master = list(range.next()?)?.into_iter();
+        let named = item::<Option<String>>(&mut master)?;
+        let port = item::<u16>(&mut master).filter(|port| *port != 0)?;
         let host = named.filter(|name| !name.is_empty() && name != "?").unwrap_or_else(|| host.to_owned());
         Some(Range { first, last, master: Address::Tcp { host, port } })
     };
-    list.into_iter().map(range).collect()
+    ranges.into_iter().map(range).collect()
+}
+
+fn list(value: Value) -> Option<Vec<Value>> {
+    match value {
+        Value::Array(items) => Some(items),
+        _ => None,
+    }
+}
+
+/// Returns the next of some values, if it is one of this type.
+fn item<T: FromRedisValue>(values: &mut impl Iterator<Item = Value>) -> Option<T> {
+    redis::from_redis_value(values.next()?).ok()
 }
 
 /// Returns a text whose slot lies in this part of all slots, so that a cluster whose servers have
@@ -239,30 +255,31 @@ mod tests {
         }
     }
 
-    fn range_reply(first: i64, last: i64, host: Reply, port: i64) -> Reply {
-        let master = Reply::List(vec![host, Reply::Number(port), Reply::Bytes(b"id".to_vec())]);
-        Reply::List(vec![Reply::Number(first), Reply::Number(last), master])
+    fn range(first: i64, last: i64, host: Value, port: i64) -> Value {
+        let master = Value::Array(vec![host, Value::Int(port), Value::BulkString(b"id".to_vec())]);
+        Value::Array(vec![Value::Int(first), Value::Int(last), master])
     }
 
     #[test]
     fn a_map_of_a_cluster_is_read_and_nonsense_is_not() {
-        let named = || Reply::Bytes(b"10.0.0.7".to_vec());
-        let list = Reply::List(vec![range_reply(0, 100, named(), 1), range_reply(101, 16_383, Reply::Nothing, 2)]);
-        let ranges = ranges(list, "seed").unwrap();
-        assert_eq!((ranges[0].first, ranges[0].last), (0, 100));
-        assert_eq!(ranges[0].master.to_string(), "tcp:10.0.0.7:1");
-        assert_eq!(ranges[1].master.to_string(), "tcp:seed:2");
+        let named = || Value::BulkString(b"10.0.0.7".to_vec());
+        let list = Value::Array(vec![range(0, 100, named(), 1), range(101, 16_383, Value::Nil, 2)]);
+        let found = ranges(list, "seed").unwrap();
+        assert_eq!((found[0].first, found[0].last), (0, 100));
+        assert_eq!(found[0].master.to_string(), "tcp:10.0.0.7:1");
+        assert_eq!(found[1].master.to_string(), "tcp:seed:2");
         let bad = [
-            Reply::Nothing,
-            Reply::List(vec![Reply::Nothing]),
-            Reply::List(vec![range_reply(0, 16_384, named(), 1)]),
-            Reply::List(vec![range_reply(-1, 5, named(), 1)]),
-            Reply::List(vec![range_reply(0, 5, named(), 0)]),
-            Reply::List(vec![range_reply(0, 5, named(), 65_536)]),
-            Reply::List(vec![Reply::List(vec![Reply::Number(0), Reply::Number(1)])]),
+            Value::Nil,
+            Value::Array(vec![Value::Nil]),
+            Value::Array(vec![range(0, 16_384, named(), 1)]),
+            Value::Array(vec![range(-1, 5, named(), 1)]),
+            Value::Array(vec![range(0, 5, named(), 0)]),
+            Value::Array(vec![range(0, 5, named(), 65_536)]),
+            Value::Array(vec![Value::Array(vec![Value::Int(0), Value::Int(1)])]),
+            Value::Array(vec![Value::Int(0); MAX_RANGES + 1]),
         ];
-        for reply in bad {
-            assert!(super::ranges(reply.clone(), "seed").is_none(), "{reply:?}");
+        for answer in bad {
+            assert!(ranges(answer.clone(), "seed").is_none(), "{answer:?}");
         }
     }
 }

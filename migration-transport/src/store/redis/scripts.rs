@@ -21,14 +21,14 @@
 //! Scripts are sent with each call: they are short beside what they move, and a server that has
 //! forgotten one would refuse it in the middle of a transaction.
 
-use migration_core::store::{NamespaceId, StoreError};
+use migration_core::store::{NamespaceId, PageToGet, StoreError, Trailer};
+use redis::{Cmd, Value};
 
 use super::{
     blocks::{BLOCK_PAGES, Piece, SLOT_BYTES, index},
     cluster::slot_of,
-    resp::{Command, Fail, Reply},
+    fail::{Fail, parse},
 };
-use migration_core::store::{PageToGet, Trailer};
 
 /// Begins every script that needs the time.
 const NOW: &str = "local time = redis.call('TIME')
@@ -43,22 +43,26 @@ pub(super) const PUT: &str = include_str!("lua/put.lua");
 pub(super) const READ: &str = include_str!("lua/read.lua");
 
 /// Begins the command that runs a script. Its arguments follow.
-pub(super) fn run(script: &str, keys: &[&str]) -> Command {
-    let command = Command::new("EVAL").arg(script).number(keys.len());
-    keys.iter().fold(command, |command, key| command.arg(key))
+pub(super) fn run(script: &str, keys: &[&str]) -> Cmd {
+    let mut command = redis::cmd("EVAL");
+    command.arg(script).arg(keys.len()).arg(keys);
+    command
 }
 
 /// As [`run`], for a script that needs the time. Its first argument follows: the offset of the
 /// clock.
-pub(super) fn run_with_time(script: &str, keys: &[&str], clock_offset: u64) -> Command {
-    run(&format!("{NOW}{script}"), keys).number(clock_offset)
+pub(super) fn run_with_time(script: &str, keys: &[&str], clock_offset: u64) -> Cmd {
+    let mut command = run(&format!("{NOW}{script}"), keys);
+    command.arg(clock_offset);
+    command
 }
 
 /// Returns the command that reads some pages of a block.
-pub(super) fn read_pages(keys: &Keys, id: NamespaceId, piece: &Piece, pages: &[PageToGet]) -> Command {
+pub(super) fn read_pages(keys: &Keys, id: NamespaceId, piece: &Piece, pages: &[PageToGet]) -> Cmd {
     let indices: Vec<u8> = pages[piece.pages.clone()].iter().map(|page| index(page.page)).collect();
-    let command = run(READ, &[&keys.block(id, piece.block)]);
-    command.number(SLOT_BYTES).number(BLOCK_PAGES).number(Trailer::BYTES).arg(indices)
+    let mut command = run(READ, &[&keys.block(id, piece.block)]);
+    command.arg(SLOT_BYTES).arg(BLOCK_PAGES).arg(Trailer::BYTES).arg(indices);
+    command
 }
 
 /// The names of the keys of a part.
@@ -141,10 +145,8 @@ impl Keys {
 pub(super) struct Answer(Vec<Vec<u8>>);
 
 impl Answer {
-    pub(super) fn new(reply: Reply) -> Result<Self, Fail> {
-        let parts = reply.list().ok_or_else(|| Fail::nonsense("no list"))?;
-        let parts: Option<Vec<_>> = parts.into_iter().map(Reply::bytes).collect();
-        parts.map(Self).ok_or_else(|| Fail::nonsense("a list of something else than texts"))
+    pub(super) fn new(answer: Value) -> Result<Self, Fail> {
+        parse(answer).map(Self)
     }
 
     /// Returns how it went.

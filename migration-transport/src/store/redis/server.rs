@@ -2,23 +2,25 @@
 
 use std::{
     io::{self, ErrorKind},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
-    thread::{self, ThreadId},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        mpsc::{self, RecvTimeoutError},
+    },
+    thread::{self, JoinHandle, ThreadId},
     time::{Duration, Instant},
 };
 
-use migration_core::store::StoreError;
-
 use super::{
-    connection::{Connection, Settings},
-    resp::Fail,
-    stream::Wait,
+    connection::{Connection, Settings, Wait},
+    fail::Fail,
 };
 use crate::Address;
 
 /// The pause before a server that could not be reached is tried again, at first and at most.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// How often a call is made again because signals have interrupted it.
+const MAX_INTERRUPTIONS: u32 = 8;
 
 /// What a connection is for. None of them waits for another kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +46,8 @@ pub(super) struct Server {
     pub(super) address: Address,
     settings: Arc<Settings>,
     pause: Mutex<Pause>,
+    /// The last attempt to connect that took too long.
+    late: Mutex<Option<JoinHandle<()>>>,
     pools: [Pool; 3],
 }
 
@@ -125,14 +129,14 @@ impl Drop for Turn<'_> {
 impl Server {
     pub(super) fn new(address: Address, settings: Arc<Settings>) -> Self {
         let pools = [Use::Faults, Use::Prefetches, Use::Others].map(Pool::new);
-        Self { address, settings, pause: Mutex::default(), pools }
+        Self { address, settings, pause: Mutex::default(), late: Mutex::default(), pools }
     }
 
     /// Calls the server, and connects to it first if need be.
     ///
     /// A connection that was idle may have been closed by the server meanwhile: the call is then
-    /// made once more on a new one. `call` goes on where it was, and repeats what is harmless to
-    /// repeat.
+    /// made once more on a new one. It also is if a signal interrupts it. `call` goes on where it
+    /// was, and repeats what is harmless to repeat.
     pub(super) fn with<T>(
         &self,
         of: Use,
@@ -142,48 +146,89 @@ impl Server {
         let turn = self.pools[of as usize].turn(wait)?;
         let idle = turn.idle();
         let mut reused = idle.is_some();
+        let mut interruptions = 0;
         let mut connection = idle.map_or_else(|| self.connect(wait), Ok)?;
         loop {
-            let result = call(&mut connection);
-            match &result {
-                Err(Fail::Io { cause, .. }) if reused && is_loss(cause) => {
-                    // the others are as old
-                    turn.0.lock().idle.clear();
-                    connection = self.connect(wait)?;
-                    reused = false;
+            let fail = match call(&mut connection) {
+                Err(fail) if fail.is_interruption() && interruptions < MAX_INTERRUPTIONS => {
+                    interruptions += 1;
+                    fail
                 }
-                _ => {
+                Err(fail) if fail.is_loss() && reused => fail,
+                result => {
                     let failed = matches!(result, Err(Fail::Io { .. }));
                     if !failed && connection.is_idle() {
                         turn.give_back(connection);
                     }
                     return result;
                 }
+            };
+            if fail.is_loss() {
+                // the others are as old
+                turn.0.lock().idle.clear();
             }
+            connection = self.connect(wait)?;
+            reused = false;
         }
     }
 
+    /// Connects to a server that keeps pages.
     fn connect(&self, wait: Wait) -> Result<Connection, Fail> {
         if let Some(fail) = self.paused() {
             return Err(fail);
         }
-        let made = Connection::open(&self.address, &self.settings, wait);
+        let made = self.greet(wait).and_then(|connection| connection.check(self.settings.cluster));
         let mut pause = self.pause.lock().unwrap_or_else(PoisonError::into_inner);
         match &made {
             Ok(_) => *pause = Pause::default(),
             // there is no use in a retry, or it was the caller who had no more time
-            Err(fail) if !can_retry(fail) || wait.is_over() => {}
+            Err(fail) if !fail.can_retry() || wait.is_over() => {}
             Err(fail) => {
                 pause.length = (pause.length * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
                 pause.until = Some(Instant::now() + pause.length);
-                pause.why = match fail {
-                    Fail::Io { cause, .. } => cause.to_string(),
-                    Fail::Answer(text) => text.clone(),
-                    Fail::Store(error) => error.to_string(),
-                };
+                pause.why = fail.why();
             }
         }
         made
+    }
+
+    /// Connects to a server, whatever it is.
+    pub(super) fn greet(&self, wait: Wait) -> Result<Connection, Fail> {
+        Connection::greet(self.dial(wait.left())?, wait)
+    }
+
+    /// Lets the crate connect on a thread of its own: the crate does not limit how long that takes.
+    /// While a thread that was given up has not ended, there is no other attempt.
+    fn dial(&self, timeout: Duration) -> Result<redis::Connection, Fail> {
+        let mut late = self.late();
+        if late.as_ref().is_some_and(|attempt| !attempt.is_finished()) {
+            let why = "an earlier attempt has not ended yet";
+            return Err(Fail::connecting(io::Error::new(ErrorKind::TimedOut, why)));
+        }
+        *late = None;
+        drop(late);
+        let address = self.address.clone();
+        let settings = self.settings.clone();
+        let (sender, receiver) = mpsc::sync_channel(1);
+        let connect = move || {
+            // after the time-out nobody receives it
+            let _ = sender.send(settings.connect(&address, timeout));
+        };
+        let attempt = thread::Builder::new().name("redis-connect".into()).spawn(connect).map_err(Fail::connecting)?;
+        match receiver.recv_timeout(timeout) {
+            Ok(made) => made.map_err(|error| Fail::of(error, Fail::connecting)),
+            Err(RecvTimeoutError::Timeout) => {
+                *self.late() = Some(attempt);
+                Err(Fail::connecting(ErrorKind::TimedOut.into()))
+            }
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(Fail::connecting(io::Error::other("the thread that connects has panicked")))
+            }
+        }
+    }
+
+    fn late(&self) -> MutexGuard<'_, Option<JoinHandle<()>>> {
+        self.late.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns why the server is not tried at present, if so.
@@ -192,67 +237,13 @@ impl Server {
         let waiting = pause.until.is_some_and(|until| until > Instant::now());
         let why = format!("the last attempt has failed, and the next one has to wait: {}", pause.why);
         let cause = io::Error::new(ErrorKind::ConnectionRefused, why);
-        waiting.then_some(Fail::Io { step: "connecting to", cause })
-    }
-}
-
-fn is_loss(error: &io::Error) -> bool {
-    use ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, UnexpectedEof};
-    matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | NotConnected | UnexpectedEof)
-}
-
-fn can_retry(fail: &Fail) -> bool {
-    match fail {
-        Fail::Io { cause, .. } => StoreError::Io { step: String::new(), cause: cause.kind().into() }.can_retry(),
-        Fail::Answer(text) => kind_of(text) == ErrorKind::ResourceBusy,
-        Fail::Store(error) => error.can_retry(),
-    }
-}
-
-/// Returns what an error of the server is. A retry can help if it is [`ErrorKind::ResourceBusy`].
-fn kind_of(answer: &str) -> ErrorKind {
-    match answer.split(' ').next().unwrap_or_default() {
-        // the server reads its data, runs a long script, lacks a replica; the cluster moves keys,
-        // or has lost a server and chooses another one
-        "LOADING" | "BUSY" | "TRYAGAIN" | "MASTERDOWN" | "NOREPLICAS" | "CLUSTERDOWN" | "MOVED" | "ASK" => {
-            ErrorKind::ResourceBusy
-        }
-        "NOAUTH" | "WRONGPASS" | "NOPERM" => ErrorKind::PermissionDenied,
-        "READONLY" => ErrorKind::ReadOnlyFilesystem,
-        "MISCONF" => ErrorKind::StorageFull,
-        _ => ErrorKind::Other,
-    }
-}
-
-/// Returns the error of a store. `needed` is how many bytes the call would have stored.
-pub(super) fn store_error(server: &str, fail: Fail, needed: u64) -> StoreError {
-    match fail {
-        Fail::Io { step, cause } => StoreError::io(format!("{step} {server}"))(cause),
-        Fail::Answer(text) if text.starts_with("OOM ") => StoreError::NoRoom { needed, room: 0 },
-        Fail::Answer(text) => {
-            let cause = io::Error::new(kind_of(&text), format!("it answers: {text}"));
-            StoreError::io(format!("asking {server}"))(cause)
-        }
-        Fail::Store(error) => error,
+        waiting.then_some(Fail::connecting(cause))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn errors_say_whether_a_retry_can_help() {
-        let error = |text: &str| store_error("tcp:h:1", Fail::Answer(text.into()), 7);
-        for text in ["LOADING data", "BUSY script", "CLUSTERDOWN no", "TRYAGAIN moving", "MASTERDOWN x", "MOVED 1 h:2"]
-        {
-            assert!(error(text).can_retry(), "{text}");
-        }
-        for text in ["NOAUTH x", "WRONGPASS x", "READONLY x", "MISCONF x", "ERR x", "", "WRONGTYPE x"] {
-            assert!(!error(text).can_retry(), "{text}");
-        }
-        assert!(matches!(error("OOM command not allowed"), StoreError::NoRoom { needed: 7, room: 0 }));
-    }
 
     #[test]
     fn a_thread_does_not_wait_for_itself() {

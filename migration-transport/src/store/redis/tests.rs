@@ -23,6 +23,7 @@ use migration_core::{
     },
     vm::VmId,
 };
+use redis::FromRedisValue;
 
 use self::servers::{Cluster, Server, wait};
 use super::{
@@ -81,22 +82,21 @@ impl InServer {
         Some(Self::new(Cluster::shared()?.url(), None))
     }
 
-    fn ask(&self, part: usize, command: &Command) -> resp::Reply {
+    fn ask<T: FromRedisValue>(&self, part: usize, command: &Cmd) -> T {
         self.store.servers.with(self.store.target(part), 0, |connection| connection.ask(command, wait())).unwrap()
     }
 
     fn read(&self, part: usize, key: &str) -> Vec<u8> {
-        self.ask(part, &Command::new("GET").arg(key)).bytes().unwrap_or_default()
+        self.ask(part, redis::cmd("GET").arg(key))
     }
 
     fn write(&self, part: usize, key: &str, value: &[u8]) {
-        self.ask(part, &Command::new("SET").arg(key).arg(value));
+        self.ask(part, redis::cmd("SET").arg(key).arg(value))
     }
 
     /// Returns all keys of the store that begin like this.
     fn keys(&self, part: usize, start: &str) -> Vec<String> {
-        let found = self.ask(part, &Command::new("KEYS").arg(format!("{start}*"))).list().unwrap();
-        found.into_iter().filter_map(|key| String::from_utf8(key.bytes()?).ok()).collect()
+        self.ask(part, redis::cmd("KEYS").arg(format!("{start}*")))
     }
 }
 
@@ -122,7 +122,7 @@ impl TestStore for InServer {
     fn lose_everything(&mut self) {
         for part in 0..self.store.servers.parts().len() {
             for key in self.keys(part, &self.store.servers.parts()[part].block_start().replace("block:", "")) {
-                self.ask(part, &Command::new("DEL").arg(key));
+                self.ask::<()>(part, redis::cmd("DEL").arg(key));
             }
         }
     }

@@ -2,19 +2,20 @@
 
 use migration_core::store::{NamespaceId, PageData, PageToGet, PageToPut, Record, StoreError, VmNamespace};
 
+use redis::{Cmd, RedisWrite, Value};
+
 use super::{
     blocks::{
-        BLOCK_OVERHEAD, BLOCK_PAGES, MAX_BLOCK_BYTES, Parts, Piece, SLOT_BYTES, block_len, index, pieces,
-        value_in_block, value_in_slot, write_directory,
+        BLOCK_OVERHEAD, BLOCK_PAGES, MAX_BLOCK_BYTES, Piece, SLOT_BYTES, index, pieces, value_in_block, value_in_slot,
+        write_block,
     },
-    connection::Connection,
-    resp::{Command, Fail, Reply, write_head},
+    connection::{Connection, Wait},
+    fail::{Fail, parse},
     scripts::{Answer, Keys, PUT, read_pages},
-    stream::Wait,
 };
 
-/// Bytes that are sent in one call of the system: few enough to be in the processor's cache since
-/// their checksums were made.
+/// Bytes of blocks that are collected before they are sent: few enough to be in the processor's
+/// cache since their checksums were made.
 const SEND_BYTES: usize = 256 << 10;
 /// A block of which fewer pages are wanted is not read as a whole.
 const WHOLE_FROM: usize = 4;
@@ -36,45 +37,35 @@ impl Put<'_> {
     pub(super) fn run(&self, connection: &mut Connection, wait: Wait) -> Result<Answer, Fail> {
         let pieces = pieces(self.pages.iter().map(|page| page.page));
         let stage = self.keys.stage_start(connection.name);
-        let mut parts = Parts::default();
-        let mut commands = 1;
-        Command::new("MULTI").write_to(parts.small());
+        connection.queue(&redis::cmd("MULTI"));
+        let mut set = Cmd::new();
         for (number, piece) in pieces.iter().enumerate() {
             let pages = &self.pages[piece.pages.clone()];
-            let key = format!("{stage}{number}");
-            write_head(parts.small(), b'*', 3);
-            for word in ["SET", &key] {
-                write_head(parts.small(), b'$', word.len());
-                parts.small().extend_from_slice(word.as_bytes());
-                parts.small().extend_from_slice(b"\r\n");
-            }
-            write_head(parts.small(), b'$', block_len(pages.len()));
-            write_directory(parts.small(), self.generation, pages);
-            pages.iter().for_each(|page| parts.slot(self.namespace.vm, self.generation, page));
-            parts.small().extend_from_slice(b"\r\n");
-            commands += 1;
-            if parts.len() >= SEND_BYTES {
-                connection.send(&mut parts.slices(), commands, wait)?;
-                parts.clear();
-                commands = 0;
+            set.clear();
+            set.arg("SET").arg(format!("{stage}{number}"));
+            let written = write_block(&mut set.writer_for_next_arg(), self.namespace.vm, self.generation, pages);
+            written.map_err(Fail::asking)?;
+            connection.queue(&set);
+            if connection.unsent() >= SEND_BYTES {
+                connection.flush(wait)?;
             }
         }
-        self.script(&pieces, &stage).write_to(parts.small());
-        Command::new("EXEC").write_to(parts.small());
-        connection.send(&mut parts.slices(), commands + 2, wait)?;
+        connection.queue(&self.script(&pieces, &stage));
+        connection.queue(&redis::cmd("EXEC"));
+        connection.flush(wait)?;
         // the answers to MULTI, each SET and the script: that they were understood
         let mut refused = None;
         for _ in 0..pieces.len() + 2 {
-            if let Reply::Error(text) = connection.any_reply(wait)? {
-                refused.get_or_insert(text);
+            if let Value::ServerError(error) = connection.any_answer(wait)? {
+                refused.get_or_insert(error);
             }
         }
-        let done = connection.any_reply(wait)?;
+        let done = connection.any_answer(wait)?;
         match (refused, done) {
             // that of the transaction only says that it was given up
-            (Some(text), _) | (None, Reply::Error(text)) => Err(Fail::Answer(text)),
-            (None, Reply::List(mut replies)) => match replies.pop() {
-                Some(Reply::Error(text)) => Err(Fail::Answer(text)),
+            (Some(error), _) | (None, Value::ServerError(error)) => Err(Fail::answer(&error)),
+            (None, Value::Array(mut answers)) => match answers.pop() {
+                Some(Value::ServerError(error)) => Err(Fail::answer(&error)),
                 Some(answer) => Answer::new(answer),
                 None => Err(Fail::nonsense("a transaction without answers")),
             },
@@ -82,28 +73,25 @@ impl Put<'_> {
         }
     }
 
-    fn script(&self, pieces: &[Piece], stage: &str) -> Command {
+    fn script(&self, pieces: &[Piece], stage: &str) -> Cmd {
         let Self { keys, namespace, .. } = self;
         let id = namespace.id;
-        let (store, space, blocks, used) = (keys.store(), keys.space(id), keys.blocks(id), keys.used());
-        let count = 4 + 2 * pieces.len();
-        let mut command = Command::new("EVAL").arg(PUT).number(count);
-        for key in [store, space, blocks, used] {
-            command = command.arg(key);
-        }
+        let mut command = redis::cmd("EVAL");
+        command.arg(PUT).arg(4 + 2 * pieces.len());
+        command.arg(keys.store()).arg(keys.space(id)).arg(keys.blocks(id)).arg(keys.used());
         for (number, piece) in pieces.iter().enumerate() {
-            command = command.arg(format!("{stage}{number}")).arg(keys.block(id, piece.block));
+            command.arg(format!("{stage}{number}")).arg(keys.block(id, piece.block));
         }
         // above what a double of the server's Lua can count, there is no limit
-        command = command.arg(namespace.vm.0).number(self.generation).number(self.limit.min(1 << 53));
-        command = command.number(BLOCK_OVERHEAD).number(SLOT_BYTES).number(BLOCK_PAGES);
+        command.arg(&namespace.vm.0[..]).arg(self.generation).arg(self.limit.min(1 << 53));
+        command.arg(BLOCK_OVERHEAD).arg(SLOT_BYTES).arg(BLOCK_PAGES);
         for piece in pieces {
             let of_page = |page: &PageToPut<'_>| {
                 let [low, high] = (page.value.len() as u16).to_le_bytes();
                 [index(page.page), low, high]
             };
             let pages: Vec<u8> = self.pages[piece.pages.clone()].iter().flat_map(of_page).collect();
-            command = command.number(piece.block).arg(pages);
+            command.arg(piece.block).arg(pages);
         }
         command
     }
@@ -144,7 +132,7 @@ impl<'a> Get<'a> {
         wait: Wait,
         take: &mut dyn FnMut(u64, PageData<'_>),
     ) -> Result<(), Fail> {
-        connection.queue(&Command::new("HGET").arg(self.keys.space(self.namespace.id)).arg("record"));
+        connection.queue(redis::cmd("HGET").arg(self.keys.space(self.namespace.id)).arg("record"));
         let (mut asked, mut on_way) = (self.read, 0);
         let mut checked = false;
         while self.read < self.pieces.len() {
@@ -159,7 +147,7 @@ impl<'a> Get<'a> {
             }
             connection.flush(wait)?;
             if !checked {
-                let record = connection.reply(wait)?.bytes();
+                let record = parse(connection.answer(wait)?)?;
                 self.check(record).map_err(Fail::Store)?;
                 checked = true;
             }
@@ -172,9 +160,9 @@ impl<'a> Get<'a> {
         Ok(())
     }
 
-    fn command(&self, piece: &Piece) -> Command {
+    fn command(&self, piece: &Piece) -> Cmd {
         match is_whole(piece) {
-            true => Command::new("GET").arg(self.keys.block(self.namespace.id, piece.block)),
+            true => redis::cmd("GET").arg(self.keys.block(self.namespace.id, piece.block)).take(),
             false => read_pages(self.keys, self.namespace.id, piece, self.pages),
         }
     }
@@ -193,15 +181,20 @@ impl<'a> Get<'a> {
             Some(value) => take(page.page, PageData::new(value)),
             None => missing.push(page.page),
         };
+        let answer = connection.answer(wait)?;
         if is_whole(piece) {
-            let block = connection.value(wait, MAX_BLOCK_BYTES)?.unwrap_or_default();
+            let block = parse::<Option<Vec<u8>>>(answer)?.unwrap_or_default();
+            if block.len() > MAX_BLOCK_BYTES {
+                return Err(Fail::nonsense("a block that is too long"));
+            }
             // from here on the piece counts as read: no page of it is handed out again
             self.read += 1;
-            wanted.iter().for_each(|page| decide(page, value_in_block(block, vm, page)));
+            wanted.iter().for_each(|page| decide(page, value_in_block(&block, vm, page)));
         } else {
-            // kept until the last one has come, so that none is handed out twice
-            let mut slots = Vec::with_capacity(wanted.len());
-            connection.values(wait, wanted.len(), SLOT_BYTES, |_, slot| slots.push(slot.to_vec()))?;
+            let slots: Vec<Vec<u8>> = parse(answer)?;
+            if slots.len() != wanted.len() {
+                return Err(Fail::nonsense("another number of pages"));
+            }
             self.read += 1;
             wanted.iter().zip(&slots).for_each(|(page, slot)| decide(page, value_in_slot(slot, vm, page)));
         }

@@ -50,10 +50,10 @@ fn calls_follow_a_namespace_that_has_moved_and_others_go_on_when_a_master_dies()
 
     // the slot of the first one's part goes to the third master, with nothing in it
     let keys = &store.servers.parts()[store.servers.part_of(first.id)];
-    let target = String::from_utf8(masters.0[2].ask(&cluster("MYID")).bytes().unwrap()).unwrap();
-    masters.0[0].ask(&Command::new("FLUSHALL"));
+    let target: String = masters.0[2].ask(&cluster("MYID"));
+    masters.0[0].ask::<()>(&redis::cmd("FLUSHALL"));
     for server in [2, 0, 1] {
-        masters.0[server].ask(&cluster("SETSLOT").number(keys.slot()).arg("NODE").arg(&target));
+        masters.0[server].ask::<()>(cluster("SETSLOT").arg(keys.slot()).arg("NODE").arg(&target));
     }
     let lost = put(&store, first, 2, &[1]).unwrap_err();
     assert!(matches!(lost, StoreError::Absent(_)), "{lost:?}");
@@ -76,7 +76,7 @@ fn calls_follow_a_namespace_that_has_moved_and_others_go_on_when_a_master_dies()
 #[test]
 fn a_server_that_is_alone_is_no_cluster() {
     let Some(server) = Server::start(&[]) else { return };
-    server.ask(&Command::new("PING"));
+    server.ask::<()>(&redis::cmd("PING"));
     let url = RedisUrl { cluster: true, ..server.url() };
     let refused = RedisPageStore::open(&url, "server", small()).map(drop).unwrap_err();
     assert!(!refused.can_retry() && format!("{refused:?}").contains("cluster"), "{refused:?}");

@@ -5,7 +5,9 @@ use nix::{
     unistd::Pid,
 };
 
-use super::*;
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use super::{fail::Fail, *};
 use crate::TlsFiles;
 
 #[test]
@@ -40,8 +42,7 @@ fn connections_that_were_closed_while_they_were_idle_are_replaced() {
     get(&test.store, of, 1, &[1, 2]).unwrap();
     for round in 2..5 {
         // all of them, that of the question too
-        let kill = Command::new("CLIENT").arg("KILL").arg("SKIPME").arg("no");
-        let _ = test.store.servers.with(test.store.target(0), 0, |connection| connection.ask(&kill, wait()));
+        let _ = test.store.ask::<()>(0, redis::cmd("CLIENT").arg("KILL").arg("SKIPME").arg("no"));
         put(&test.store, of, round, &[1, 2]).unwrap();
         assert_eq!(get(&test.store, of, round, &[1, 2]).unwrap(), [1, 2]);
     }
@@ -89,6 +90,56 @@ fn a_silent_server_costs_the_deadline_and_no_more() {
     assert_eq!(get(&store, of, 1, &[1]).unwrap(), [1]);
 }
 
+/// The crate `redis` waits without limit for a server on a Unix socket to accept.
+#[test]
+fn a_server_that_accepts_nobody_costs_the_deadline_and_no_more() {
+    let Some(server) = Server::start(&["--tcp-backlog", "1"]) else { return };
+    let store = open(&server.url(), &small());
+    let of = create(&store, 7);
+    put(&store, of, 1, &[1]).unwrap();
+    let pid = Pid::from_raw(server.pid);
+    kill(pid, Signal::SIGSTOP).unwrap();
+    let queued = || {
+        let socket = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        socket.connect(&SockAddr::unix(server.file("socket")).unwrap()).ok()?;
+        Some(socket)
+    };
+    let queue: Vec<_> = iter::from_fn(queued).collect();
+    let wanted = [PageToGet { page: 1, generation: 1 }];
+    let fault = |deadline| store.get(of, &wanted, Urgency::Fault, deadline, &mut |_, _| {});
+    let result = fault(Instant::now() + Duration::from_millis(20));
+    assert!(matches!(result, Err(StoreError::TimedOut)), "{result:?}");
+    // one attempt to connect is under way, and there is no other
+    let result = fault(soon());
+    assert!(matches!(&result, Err(error) if error.can_retry()), "{result:?}");
+    kill(pid, Signal::SIGCONT).unwrap();
+    drop(queue);
+    let deadline = soon();
+    while let Err(error) = fault(deadline) {
+        assert!(error.can_retry() && Instant::now() < deadline, "{error:?}");
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn calls_that_a_signal_interrupts_are_made_again() {
+    let Some(test) = InServer::on_unix() else { return };
+    let interrupted = |times: u32| {
+        let mut calls = 0;
+        test.store.servers.with(test.store.target(0), 0, |connection| {
+            calls += 1;
+            match calls <= times {
+                true => Err(Fail::asking(ErrorKind::Interrupted.into())),
+                false => connection.ask::<String>(&redis::cmd("PING"), wait()),
+            }
+        })
+    };
+    assert_eq!(interrupted(3).unwrap(), "PONG");
+    let error = interrupted(u32::MAX).unwrap_err();
+    assert!(error.can_retry(), "{error:?}");
+}
+
 #[test]
 fn a_server_that_does_not_keep_pages_is_refused() {
     for (args, why) in [
@@ -114,14 +165,14 @@ fn a_server_that_becomes_a_replica_takes_no_puts() {
     let Some(test) = InServer::on_unix() else { return };
     let of = create(&test.store, 1);
     put(&test.store, of, 1, &[1]).unwrap();
-    test.ask(0, &Command::new("REPLICAOF").arg("127.0.0.1").arg("1"));
+    test.ask::<()>(0, redis::cmd("REPLICAOF").arg("127.0.0.1").arg("1"));
     for result in [put(&test.store, of, 2, &[1]).map(drop), test.store.renew(of, record().owner, LEASE).map(drop)] {
         let error = result.unwrap_err();
         let is_read_only =
             matches!(&error, StoreError::Io { cause, .. } if cause.kind() == ErrorKind::ReadOnlyFilesystem);
         assert!(is_read_only && !error.can_retry(), "{error:?}");
     }
-    test.ask(0, &Command::new("REPLICAOF").arg("NO").arg("ONE"));
+    test.ask::<()>(0, redis::cmd("REPLICAOF").arg("NO").arg("ONE"));
     assert_eq!(get(&test.store, of, 1, &[1]).unwrap(), [1]);
     put(&test.store, of, 2, &[1]).unwrap();
 }

@@ -14,15 +14,15 @@ use std::{
 };
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
+use redis::{Cmd, ConnectionLike, FromRedisValue, Value};
 use tempfile::TempDir;
 
 use crate::{
     Address,
     store::{
         redis::{
-            connection::{Connection, Settings},
-            resp::{self, Reply},
-            stream::Wait,
+            connection::{Settings, Wait},
+            tls,
         },
         url::{IdentityFiles, RedisUrl, TlsFiles},
     },
@@ -142,19 +142,21 @@ impl Server {
         }
     }
 
-    fn connect(&self) -> Option<Connection> {
-        let tls = self.tls.as_ref().map(|files| crate::store::redis::stream::tls_config(files).unwrap());
+    fn connect(&self) -> Option<redis::Connection> {
+        let tls = self.tls.as_ref().map(|files| tls::certificates(files).unwrap());
         let settings = Settings { user: None, password: None, database: 0, tls, cluster: false };
-        Connection::greet(&self.address, &settings, wait()).ok()
+        let mut connection = settings.connect(&self.address, wait().left()).ok()?;
+        // that TLS works, and that the socket is not connected to itself
+        connection.check_connection().then_some(connection)
     }
 
     /// Waits until the server answers, and asks it.
-    pub(super) fn ask(&self, command: &resp::Command) -> Reply {
+    pub(super) fn ask<T: FromRedisValue>(&self, command: &Cmd) -> T {
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             // a server that reads its configuration answers with an error
-            if let Some(Ok(reply)) = self.connect().map(|mut connection| connection.ask(command, wait())) {
-                return reply;
+            if let Some(Ok(answer)) = self.connect().map(|mut connection| command.query(&mut connection)) {
+                return answer;
             }
             assert!(Instant::now() < deadline, "the server does not answer: {}", self.log());
             thread::sleep(Duration::from_millis(5));
@@ -230,12 +232,12 @@ impl Cluster {
         for (at, (server, ..)) in masters.iter().enumerate() {
             let first = at * 16_384 / MASTERS;
             let last = (at + 1) * 16_384 / MASTERS - 1;
-            server.ask(&cluster("ADDSLOTSRANGE").number(first).number(last));
-            server.ask(&cluster("SET-CONFIG-EPOCH").number(at + 1));
+            server.ask::<()>(cluster("ADDSLOTSRANGE").arg(first).arg(last));
+            server.ask::<()>(cluster("SET-CONFIG-EPOCH").arg(at + 1));
         }
         let (first, others) = masters.split_first().unwrap();
         for (_, port, bus) in others {
-            first.0.ask(&cluster("MEET").arg("127.0.0.1").arg(port).arg(bus));
+            first.0.ask::<()>(cluster("MEET").arg("127.0.0.1").arg(port).arg(bus));
         }
         let this = Self(masters.into_iter().map(|(server, ..)| server).collect());
         let deadline = Instant::now() + Duration::from_secs(60);
@@ -254,9 +256,9 @@ impl Cluster {
 
     /// Returns whether a master knows all slots, and serves its own.
     fn is_ready(server: &Server) -> bool {
-        let info = server.ask(&cluster("INFO")).bytes().unwrap();
-        let all = server.ask(&cluster("SLOTS")).list().unwrap().len() == MASTERS;
-        all && String::from_utf8(info).unwrap().contains("cluster_state:ok")
+        let info: String = server.ask(&cluster("INFO"));
+        let slots: Vec<Value> = server.ask(&cluster("SLOTS"));
+        slots.len() == MASTERS && info.contains("cluster_state:ok")
     }
 
     pub(super) fn url(&self) -> RedisUrl {
@@ -266,6 +268,6 @@ impl Cluster {
 }
 
 /// Begins a command of a cluster.
-pub(super) fn cluster(what: &str) -> resp::Command {
-    resp::Command::new("CLUSTER").arg(what)
+pub(super) fn cluster(what: &str) -> Cmd {
+    redis::cmd("CLUSTER").arg(what).take()
 }

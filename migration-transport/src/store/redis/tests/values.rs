@@ -130,10 +130,10 @@ fn values_that_were_altered_are_missing_and_can_be_put_anew() {
         assert_eq!(put(&test.store, of, 3, &all).unwrap().taken, [true; 16]);
         assert_eq!(get(&test.store, of, 3, &all).unwrap(), all);
     }
-    test.ask(part, &Command::new("DEL").arg(&key));
+    test.ask::<()>(part, redis::cmd("DEL").arg(&key));
     assert_eq!(get(&test.store, of, 3, &all).unwrap(), [0; 0]);
     // what has another type is an error, and leaves nothing behind
-    test.ask(part, &Command::new("SADD").arg(&key).arg("x"));
+    test.ask::<()>(part, redis::cmd("SADD").arg(&key).arg("x"));
     assert!(put(&test.store, of, 4, &all).is_err());
     assert_eq!(test.keys(part, &keys.stage_start("*")), [""; 0]);
 }
@@ -167,8 +167,8 @@ fn blocks_of_a_namespace_whose_forgetter_has_crashed_are_removed_by_the_next_one
     put(&test.store, of, 1, &pages).unwrap();
     let keys = &test.store.servers.parts()[0];
     let names = [keys.spaces(), keys.forgotten(), keys.space(of.id), keys.blocks(of.id), keys.used(), keys.dying()];
-    let script = run_with_time(FORGET, &names.each_ref().map(String::as_str), 0).arg(of.id.to_string());
-    let script = script.arg(of.vm.0).number(1000).number(10);
+    let mut script = run_with_time(FORGET, &names.each_ref().map(String::as_str), 0);
+    script.arg(of.id.to_string()).arg(&of.vm.0[..]).arg(1000).arg(10);
     test.store.run(0, &script).unwrap();
     assert_eq!(test.keys(0, &keys.block_start()).len(), 20);
     assert!(matches!(get(&test.store, of, 1, &pages), Err(StoreError::Absent(_))));
