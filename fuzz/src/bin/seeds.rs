@@ -137,7 +137,7 @@ fn frames() -> Vec<Seed> {
         Control::Missing { first: 128, bitmap: Bytes::from(vec![5; 16]) },
         Control::PostCopy { missing: 8, demand_lanes: 2 },
         Control::Complete(FaultSummary { count: 3, ..FaultSummary::default() }),
-        Control::StoreTable(TablePart { number: 2, gather_rate: None, first: 0, entries: vec![entry] }),
+        Control::StoreTable(TablePart { number: 2, gather_rate: None, must_answer: true, first: 0, entries: vec![entry] }),
         Control::StoreTableReceived { number: 2 },
         Control::Located(Located { copy, held: true, runs: vec![PageRange::new(3, 2), PageRange::new(700, 1)] }),
         Control::Vacated { number: 1 },

@@ -553,7 +553,13 @@ mod tests {
         let located = Located { copy, held: true, runs: vec![crate::PageRange::new(0, 1)] };
         let frames: [(Control, &[DestinationPhase]); 4] = [
             (
-                Control::StoreTable(TablePart { number: 1, gather_rate: None, first: 0, entries: Vec::new() }),
+                Control::StoreTable(TablePart {
+                    number: 1,
+                    gather_rate: None,
+                    must_answer: true,
+                    first: 0,
+                    entries: Vec::new(),
+                }),
                 &[Receiving, Running],
             ),
             (Control::Located(located), &[Receiving, Running]),

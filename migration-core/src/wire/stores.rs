@@ -19,6 +19,10 @@ pub struct TablePart {
     /// The largest number of bytes a second that the destination reads from stores ahead of the
     /// guest, or `None` for no limit. The value of the last part counts.
     pub gather_rate: Option<NonZeroU64>,
+    /// Whether the destination asks the stores of these entries before it acknowledges them, and
+    /// refuses the VM if one of them does not answer. False if the source holds every page that is
+    /// in these stores: then a store that fails costs nothing but time.
+    pub must_answer: bool,
     /// The number of the first entry.
     pub first: u8,
     /// The entries. There may be none: the acknowledgement then only confirms that everything
@@ -29,7 +33,7 @@ pub struct TablePart {
 impl TablePart {
     pub(super) fn encode(&self, w: &mut Writer) {
         let rate = self.gather_rate.map_or(0, NonZeroU64::get);
-        w.u32(self.number).u64(rate).u8(self.first).count(self.entries.len());
+        w.u32(self.number).u64(rate).bool(self.must_answer).u8(self.first).count(self.entries.len());
         for entry in &self.entries {
             w.bytes(entry.namespace().secret()).count(entry.stores().len());
             for store in entry.stores() {
@@ -41,6 +45,7 @@ impl TablePart {
     pub(super) fn decode(r: &mut Reader<'_>) -> Result<Self, DecodeError> {
         let number = r.u32("number of the part")?;
         let gather_rate = NonZeroU64::new(r.u64("gather rate")?);
+        let must_answer = r.bool("must answer")?;
         let first = r.u8("first entry")?;
         let count = r.count(MAX_ENTRIES, "number of entries")?;
         if usize::from(first) + count > MAX_ENTRIES {
@@ -60,7 +65,7 @@ impl TablePart {
             let entry = StoreEntry::new(namespace, stores);
             entries.push(entry.map_err(|error| DecodeError::invalid("entry", error.to_string()))?);
         }
-        Ok(Self { number, gather_rate, first, entries })
+        Ok(Self { number, gather_rate, must_answer, first, entries })
     }
 }
 
@@ -162,7 +167,7 @@ pub(crate) mod tests {
         let store = |name: &str, byte| EntryStore { name: name.into(), incarnation: Incarnation([byte; 16]) };
         let entry = |byte, stores| StoreEntry::new(Namespace::new([byte; 16]), stores).unwrap();
         let entries = vec![entry(1, vec![store("rack-7", 2), store("rack-8", 3)]), entry(4, vec![store("home", 5)])];
-        TablePart { number: 9, gather_rate: NonZeroU64::new(1 << 20), first: 253, entries }
+        TablePart { number: 9, gather_rate: NonZeroU64::new(1 << 20), must_answer: true, first: 253, entries }
     }
 
     /// Returns the locations of the pages of one put.

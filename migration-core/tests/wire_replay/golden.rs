@@ -88,7 +88,13 @@ fn stores() -> Vec<(String, Vec<u8>)> {
         runs: vec![PageRange::new(3, 2), PageRange::new(700, 1)],
     };
     let frames = [
-        Control::StoreTable(TablePart { number: 2, gather_rate: None, first: 0, entries: entries.to_vec() }),
+        Control::StoreTable(TablePart {
+            number: 2,
+            gather_rate: None,
+            must_answer: true,
+            first: 0,
+            entries: entries.to_vec(),
+        }),
         Control::StoreTableReceived { number: 2 },
         Control::Located(located),
         Control::Vacated { number: 1 },

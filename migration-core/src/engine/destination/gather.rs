@@ -199,7 +199,7 @@ impl VmEntry {
         let received = gatherer.memory.receive(part.first, &part.entries);
         received.map_err(|error| MigrationError::Blocked(format!("the store table: {error}")))?;
         gatherer.limit(part.gather_rate);
-        if session.missing().is_none() {
+        if part.must_answer && session.missing().is_none() {
             // the VM is still at its source: a failure is better now than when its pages are in the
             // store
             for entry in known..gatherer.memory.entries() {

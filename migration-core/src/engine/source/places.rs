@@ -171,7 +171,9 @@ impl Engine<'_> {
         self.places.sent_entries = self.places.table.len();
         let (first, entries) = self.places.table.unacknowledged();
         let gather_rate = self.options.stores.as_ref().and_then(|stores| stores.gather_rate);
-        let part = TablePart { number: self.places.parts, gather_rate, first, entries: entries.to_vec() };
+        // a protected VM has every page here: it leaves also while its store fails
+        let must_answer = self.staging.is_none();
+        let part = TablePart { number: self.places.parts, gather_rate, must_answer, first, entries: entries.to_vec() };
         self.send_control(&Control::StoreTable(part))
     }
 
