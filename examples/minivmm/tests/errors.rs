@@ -23,10 +23,11 @@ use migration_crypto::{HandshakeError, KeyError};
 use migration_kvm::{
     fence::TakeOverError,
     handover::ReplaceError,
-    pager::PagerError,
+    pager::{EvictionError, PagerError},
     ram::{RamError, VmMemoryError},
     state::StateError,
     successor::SuccessorError,
+    swapper::SwapperError,
 };
 use migration_transport::{BrokerError, supervisor::NotRestarted};
 
@@ -95,6 +96,9 @@ fn other_crates() -> Vec<Sample> {
         sample("StateError", StateError::from(malformed())),
         sample("PagerError", PagerError::from(disk())),
         sample("PagerError", PagerError::from(failed)),
+        sample("EvictionError", EvictionError::SideArea(boxed())),
+        sample("SwapperError", SwapperError::Populated(disk())),
+        sample("SwapperError", SwapperError::from(EvictionError::SideArea(boxed()))),
         sample("RamError", RamError::System { what: "map it", source: disk() }),
         sample("VmMemoryError", VmMemoryError::Pagemap(disk())),
         sample("SuccessorError", SuccessorError::Start { program: "/vmm".into(), cause: disk() }),
@@ -130,7 +134,7 @@ fn every_cause_is_printed_once() {
 }
 
 /// Types that only their own crate can make; a test beside the type checks them.
-const MADE_INSIDE: [&str; 1] = ["UserFaultError"];
+const MADE_INSIDE: [&str; 2] = ["SideAreaError", "UserFaultError"];
 
 fn sources(folder: &Path, into: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(folder).unwrap() {

@@ -14,6 +14,7 @@ use migration_core::{
 use thiserror::Error;
 
 use super::{FilePageStore, FilePageStoreOptions};
+#[cfg(feature = "redis")]
 use crate::{Address, UNIX_PATH_MAX};
 
 /// The port of a Valkey or Redis server whose URL names none.
