@@ -1,5 +1,5 @@
 //! The servers are real ones, started for the tests. Where none is installed, the tests say so and
-//! do nothing; with `MIGRATION_REQUIRE_REDIS=1` or `MIGRATION_REQUIRE_KVM=1` they fail.
+//! do nothing; with `MIGRATION_REQUIRE_REDIS=1` they fail.
 
 mod cluster;
 mod faults;
