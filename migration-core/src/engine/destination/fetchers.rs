@@ -18,9 +18,9 @@ use crate::{
 };
 
 /// The largest number of threads of one VM that fetch pages for which the guest waits.
-const MOST_FAULT_THREADS: usize = 4;
+const MAX_FAULT_THREADS: usize = 4;
 /// The largest number of threads of one VM that prefetch all other pages.
-const MOST_PREFETCH_THREADS: usize = 2;
+const MAX_PREFETCH_THREADS: usize = 2;
 /// The time from a failed fetch to the next attempt.
 const BACK_OFF: Duration = Duration::from_millis(200);
 /// The longest time for which the rate limit delays the next batch.
@@ -142,8 +142,8 @@ impl Gatherer {
     pub(super) fn more_threads(&self) -> MoreThreads {
         let entries = usize::from(self.memory.entries());
         self.change(|queue| MoreThreads {
-            for_faults: queue.fault_turns.start(entries, MOST_FAULT_THREADS),
-            for_prefetch: queue.prefetch_turns.start(entries, MOST_PREFETCH_THREADS),
+            for_faults: queue.fault_turns.start(entries, MAX_FAULT_THREADS),
+            for_prefetch: queue.prefetch_turns.start(entries, MAX_PREFETCH_THREADS),
         })
     }
 
