@@ -21,8 +21,11 @@ use crate::{
     store::Urgency,
 };
 
-/// The longest time of one attempt to read pages that are to be sent from a store.
+/// The longest time of one attempt to read from a store, at either end. An attempt for pages that
+/// are missing is repeated after that.
 pub(super) const FETCH_TIME: Duration = Duration::from_secs(5);
+/// The time from an attempt that has failed to the next one.
+pub(super) const BACK_OFF: Duration = Duration::from_millis(200);
 
 /// The pages of a VM that were in stores when its migration began.
 pub(super) struct Stored {
@@ -120,6 +123,19 @@ pub(super) fn of_one_fetch(runs: &[(PageRange, StoreCopy)]) -> Vec<Vec<(PageRang
     pieces
 }
 
+/// Returns the parts of `pages` that are in none of the `stored` runs, which ascend and are parts of
+/// `pages`.
+pub(super) fn resident(pages: PageRange, stored: &[(PageRange, StoreCopy)]) -> Vec<PageRange> {
+    let (mut parts, mut at) = (Vec::new(), pages.first);
+    for &(run, _) in stored {
+        parts.push(PageRange::new(at, run.first - at));
+        at = run.end();
+    }
+    parts.push(PageRange::new(at, pages.end() - at));
+    parts.retain(|part| part.count > 0);
+    parts
+}
+
 impl Lane {
     /// Reads and sends those pages of a round's run that are in stores. Returns the other pages,
     /// which are in RAM.
@@ -129,18 +145,11 @@ impl Lane {
     pub(super) fn send_stored(&mut self, run: PageRange, generation: u32) -> Result<Vec<PageRange>, MigrationError> {
         let Some(memory) = self.stored.clone() else { return Ok(vec![run]) };
         let stored = memory.stored_runs(run)?;
-        let (mut resident, mut at) = (Vec::new(), run.first);
-        for &(part, _) in &stored {
-            resident.push(PageRange::new(at, part.first - at));
-            at = part.end();
-        }
-        resident.push(PageRange::new(at, run.end() - at));
-        resident.retain(|part| part.count > 0);
         for runs in of_one_fetch(&stored) {
             let read = memory.read(&runs, Urgency::Prefetch, Instant::now() + FETCH_TIME)?;
             self.send_read(&read, generation)?;
         }
-        Ok(resident)
+        Ok(resident(run, &stored))
     }
 
     fn send_read(&mut self, read: &ReadPages, generation: u32) -> Result<(), MigrationError> {
@@ -174,5 +183,16 @@ mod tests {
         };
         assert_eq!(pages(&pieces.concat()), pages(&runs));
         assert!(of_one_fetch(&[]).is_empty());
+    }
+
+    #[test]
+    fn resident_pages_are_those_between_stored_runs() {
+        let copy = StoreCopy { entry: 1, generation: 1 };
+        let (range, pages) = (PageRange::new, PageRange::new(10, 20));
+        let of = |runs: &[PageRange]| resident(pages, &runs.iter().map(|&run| (run, copy)).collect::<Vec<_>>());
+        assert_eq!(of(&[]), [pages]);
+        assert_eq!(of(&[pages]), []);
+        assert_eq!(of(&[range(10, 3), range(13, 2), range(20, 4)]), [range(15, 5), range(24, 6)]);
+        assert_eq!(of(&[range(12, 3), range(28, 2)]), [range(10, 2), range(15, 13)]);
     }
 }

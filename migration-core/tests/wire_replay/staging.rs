@@ -11,7 +11,7 @@ use std::{
 };
 
 use migration_core::{
-    HeapRam, MigrationError, RamLayout, RamRegion,
+    HeapRam, MigrationError,
     channel::Connector,
     engine::{Controller, NoEviction, ReceiverOptions, SourceOptions, SourceStores, stage},
     report::{Event, Observer, Outcome, Report, StagingReport},
@@ -21,33 +21,20 @@ use migration_core::{
     },
     strategy::{self, Done, Finish, Linear, Place, QuickEviction, Running, Strategy, Until, Wake},
     tracker::{DirtyBitmap, DirtyTracker},
-    vm::VmDescription,
 };
 
+pub(crate) use crate::through_stores::{guest, vm};
 use crate::{
     HANG,
     destination::Destination,
-    guest::{Host, RecordedVm, checksums, description_of, write},
+    guest::{Host, RecordedVm, checksums, write},
     live::{Link, run_by},
     pager::Paging,
+    through_stores::DURING,
 };
 
-pub(crate) const PAGES: u64 = 3000;
 /// Pages that hold data when the protection begins: all but each tenth.
 pub(crate) const DATA: u64 = 2700;
-/// Pages that the guest writes as its last act.
-const DURING: [(u64, u8); 3] = [(3, 0), (200, 9), (2601, 10)];
-
-pub(crate) fn vm() -> VmDescription {
-    let regions = vec![RamRegion { gpa: 0, len: 700 << 12 }, RamRegion { gpa: 1 << 30, len: (PAGES - 700) << 12 }];
-    description_of(RamLayout::new(regions).unwrap())
-}
-
-pub(crate) fn guest() -> RecordedVm {
-    let data: Vec<_> = (0..PAGES).filter(|page| page % 10 != 0).map(|page| (page, (page % 250) as u8 + 1)).collect();
-    RecordedVm::of(vm(), &data, &DURING)
-}
-
 /// A strategy whose increments are far smaller than what has to be staged, and follow each other at
 /// once.
 pub(crate) fn quick(finish: Finish) -> QuickEviction {

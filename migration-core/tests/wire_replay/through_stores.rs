@@ -34,7 +34,7 @@ use crate::{
 
 pub(crate) const PAGES: u64 = 3000;
 /// Pages that the guest writes as its last act.
-const DURING: [(u64, u8); 3] = [(3, 0), (200, 9), (2601, 10)];
+pub(crate) const DURING: [(u64, u8); 3] = [(3, 0), (200, 9), (2601, 10)];
 
 pub(crate) fn vm() -> VmDescription {
     let regions = vec![RamRegion { gpa: 0, len: 700 << 12 }, RamRegion { gpa: 1 << 30, len: (PAGES - 700) << 12 }];

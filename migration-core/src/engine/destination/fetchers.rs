@@ -11,6 +11,7 @@ use std::{
 use super::*;
 use crate::{
     PAGE_SIZE,
+    engine::stored::BACK_OFF,
     page_map::PageMap,
     paged_memory::{MAX_FETCHED_PAGES, PagedMemory},
     shared_map::SharedPageMap,
@@ -21,8 +22,6 @@ use crate::{
 const MAX_FAULT_THREADS: usize = 4;
 /// The largest number of threads of one VM that prefetch all other pages.
 const MAX_PREFETCH_THREADS: usize = 2;
-/// The time from a failed fetch to the next attempt.
-const BACK_OFF: Duration = Duration::from_millis(200);
 /// The longest time for which the rate limit delays the next batch.
 const LONGEST_PAUSE: Duration = Duration::from_secs(3600);
 /// The longest time between two checks whether there are pages to fetch.

@@ -4,6 +4,7 @@
 use super::{fetchers::Gatherer, *};
 use crate::{
     PageRange,
+    engine::stored::FETCH_TIME,
     page_map::{MapError, PageMap},
     paged_memory::{FetchError, Renewed},
     pager::Installed,
@@ -12,9 +13,6 @@ use crate::{
     wire::{Located, TablePart},
 };
 
-/// The longest time for one attempt to read from a store. An attempt for a fault is repeated after
-/// that.
-const FETCH_TIME: Duration = Duration::from_secs(5);
 /// The lease of the namespaces of this VM. It is renewed far more often.
 const LEASE: Duration = Duration::from_secs(3600);
 const RENEW_AFTER: Duration = Duration::from_secs(600);

@@ -17,7 +17,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
         mpsc,
     },
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use crate::{
@@ -25,7 +25,7 @@ use crate::{
     engine::{
         SourceOptions,
         lane::Work,
-        stored::{FETCH_TIME, Fetched},
+        stored::{BACK_OFF, FETCH_TIME, Fetched, resident},
     },
     lock::lock,
     page_map::{MapError, PageMap},
@@ -36,8 +36,6 @@ use crate::{
     text::Chain,
 };
 
-/// The time between a read that has failed and the next attempt.
-const BACK_OFF: Duration = Duration::from_millis(200);
 /// The most pieces that were read and that no lane has sent yet. They make 1 MiB, which a lane
 /// sends in milliseconds.
 const MAX_IN_HAND: u32 = 4;
@@ -279,10 +277,7 @@ impl Fetcher {
         });
         let failed = match read {
             Ok((read, runs)) => {
-                let mut resident = vec![piece.pages];
-                for (run, _) in runs {
-                    resident = resident.into_iter().flat_map(|part| without(part, run)).collect();
-                }
+                let resident = resident(piece.pages, &runs);
                 self.clone().give(piece, |in_hand| Fetched { read, resident, _in_hand: Box::new(in_hand) });
                 false
             }
@@ -346,11 +341,4 @@ impl Queue {
         self.reading += 1;
         Piece { pages, link: self.link, urgency }
     }
-}
-
-/// Returns the parts of `pages` before and after `run`, which overlap.
-fn without(pages: PageRange, run: PageRange) -> Vec<PageRange> {
-    let before = PageRange::new(pages.first, run.first.min(pages.end()).saturating_sub(pages.first));
-    let behind = PageRange::new(run.end().max(pages.first), pages.end().saturating_sub(run.end().max(pages.first)));
-    [before, behind].into_iter().filter(|part| part.count > 0).collect()
 }
